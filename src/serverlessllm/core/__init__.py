@@ -1,0 +1,1 @@
+"""The values everything else is spoken in: no I/O, no clock but its seam."""

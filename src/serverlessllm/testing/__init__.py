@@ -1,0 +1,1 @@
+"""What tests of the project, and of a plugin for it, are built from."""
