@@ -16,7 +16,8 @@ demo: setup ## Start everything and send three chats; ONCE=1 exits after them
 serve: setup ## Serve on 127.0.0.1:8000
 	@$(BIN)/sllm serve
 
-test: setup ## Pass every test
+test: setup ## Pass the checks and every test
+	@scripts/check.sh
 	@scripts/test.sh
 
 check: setup ## Format, lint, types, import contracts

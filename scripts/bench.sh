@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Run the benchmarks, one after the other; results land in bench/results/.
+#
+#   scripts/bench.sh [NAME…]    only these, such as: edge cold_start
+#
+# The edge's benchmark measures nginx in the same run and drives load with wrk, on a mock server
+# in C: three things that only a distribution has. As root they are installed by apt-get.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+missing=()
+command -v nginx >/dev/null 2>&1 || [[ -x /usr/sbin/nginx ]] || missing+=(nginx-light)
+command -v wrk >/dev/null 2>&1 || missing+=(wrk)
+command -v cc >/dev/null 2>&1 || missing+=(gcc libc6-dev)
+if ((${#missing[@]})); then
+    if [[ $(id -u) -eq 0 ]] && command -v apt-get >/dev/null 2>&1; then
+        echo "bench: installing ${missing[*]} by apt-get" >&2
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null
+    else
+        echo "bench: this machine lacks ${missing[*]}; run: sudo apt-get install ${missing[*]}" >&2
+        exit 1
+    fi
+fi
+
+mkdir -p bench/results
+names=("$@")
+((${#names[@]})) || names=(edge cold_start)
+for name in "${names[@]}"; do
+    echo "== $name"
+    .venv/bin/python "bench/$name.py" | tee "bench/results/$name.txt"
+done
