@@ -1,0 +1,66 @@
+"""What can be set about an orchestrator."""
+
+from __future__ import annotations
+
+import msgspec
+
+from serverlessllm.core.ids import Address
+
+
+class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Defaults follow the fault table; each bound is here and nowhere else."""
+
+    listen: Address = Address("http://127.0.0.1:8000")
+    """Where clients are served."""
+    api_key_sha256: tuple[str, ...] = ()
+    """Hex SHA-256 of each accepted API key; empty: no key is asked for (loopback only)."""
+    allow_public_without_key: bool = False
+    """Serve an address other than loopback although there is no API key."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that a `Host` header may carry beside IP addresses and `localhost`."""
+    on_demand_sources: tuple[str, ...] = ("hf",)
+    """URL schemes from which an unregistered model may be ingested on its first request."""
+
+    wait_budget_s: float = 60.0
+    """How long a non-streaming request waits for a cold model, unless `X-SLLM-Wait` says so."""
+    wait_budget_s_max: float = 600.0
+    """The longest wait that a client may ask for, and the bound for streams."""
+    comment_interval_s: float = 4.0
+    """Between two progress comments to a streaming client; the contract is at most 5."""
+    waiters_per_model_max: int = 1024
+    """Requests that may wait for one cold model."""
+    waiters_max: int = 4096
+    """Requests that may wait for cold models in this process."""
+    failure_cache_s: float = 5.0
+    """How long a failed load answers for the next ones."""
+    load_agents_max: int = 3
+    """Agents asked for one load before it counts as failed."""
+    load_silence_s_max: float = 300.0
+    """The longest silence of an agent inside one load."""
+
+    retries_max: int = 2
+    """Other agents asked for one request before its first byte."""
+    retry_share: float = 0.2
+    """Retries allowed at once, as a share of the requests in flight."""
+    retry_min: int = 3
+    """Retries allowed at once however few requests are in flight."""
+    retry_jitter_s: float = 0.02
+    """The longest random pause before a retry."""
+
+    list_interval_s: float = 30.0
+    """Between two full lists that correct the watch."""
+    list_timeout_s: float = 2.0
+    """How long the first list at start may take before serving from nothing."""
+    reconnect_s_max: float = 5.0
+    """The longest pause before the metadata store is tried again."""
+    agent_silent_s: float = 3.0
+    """A heartbeat older than this makes its agent suspect."""
+
+    models_list_max: int = 1000
+    """Rows of one listing."""
+    hint_names_max: int = 8
+    """Registered names mentioned to a client that asked for an unknown one."""
+    drain_accept_s: float = 2.0
+    """After SIGTERM: how long new requests are still taken, for the balancer to notice."""
+    drain_finish_s: float = 120.0
+    """After SIGTERM: how long running answers may take to finish."""
