@@ -1,0 +1,1 @@
+"""The `sllm` command: one file a verb; a verb imports what it needs when it runs."""

@@ -1,0 +1,86 @@
+"""Where a process keeps its things: every path follows from the data directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import blake3
+import msgspec
+
+from serverlessllm.config.settings import Settings
+
+
+class Paths(msgspec.Struct, frozen=True, kw_only=True):
+    """The directories and files of one installation on one machine."""
+
+    data_dir: Path
+    runtime_dir: Path
+    dram_dir: Path
+
+    @property
+    def metadata_file(self) -> Path:
+        """The embedded metadata store."""
+        return self.data_dir / "metadata.db"
+
+    @property
+    def store_dir(self) -> Path:
+        """The default checkpoint store."""
+        return self.data_dir / "store"
+
+    @property
+    def nvme_dir(self) -> Path:
+        """The NVMe tier."""
+        return self.data_dir / "nvme"
+
+    @property
+    def ingest_dir(self) -> Path:
+        """Conversions under way."""
+        return self.data_dir / "ingest"
+
+    @property
+    def logs_dir(self) -> Path:
+        """A directory of logs per agent."""
+        return self.data_dir / "logs"
+
+    @property
+    def token_file(self) -> Path:
+        """What orchestrators and agents prove themselves with; made on first use."""
+        return self.data_dir / "cluster-token"
+
+
+def derive(settings: Settings, environ: Mapping[str, str]) -> Paths:
+    """The paths that `settings` name, or the defaults of this user.
+
+    Two data directories never share sockets or DRAM: both names carry a digest of its path.
+    """
+    home = environ.get("HOME") or "/"
+    data_home = environ.get("XDG_DATA_HOME") or str(Path(home) / ".local" / "share")
+    data_dir = Path(settings.data_dir or Path(data_home) / "serverlessllm").expanduser().resolve()
+    name = f"sllm-{os.getuid()}-{blake3.blake3(os.fsencode(data_dir)).hexdigest()[:8]}"
+    runtime_home = Path(environ.get("XDG_RUNTIME_DIR") or "/tmp")  # noqa: S108 - made 0700 below
+    runtime = settings.runtime_dir or runtime_home / name
+    dram = settings.dram_dir or Path("/dev/shm") / name  # noqa: S108 - made 0700 by its owner
+    return Paths(
+        data_dir=data_dir,
+        runtime_dir=Path(runtime).expanduser().absolute(),
+        dram_dir=Path(dram).expanduser().absolute(),
+    )
+
+
+def make_private(directory: Path) -> None:
+    """Make the directory, or prove that it is ours alone.
+
+    Raises:
+        PermissionError: somebody else owns it (in a shared /tmp), or it is a link.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.lstat()
+    if directory.is_symlink() or status.st_uid != os.getuid():
+        raise PermissionError(
+            f"{directory} belongs to another user: remove it, or set runtime_dir (dram_dir) "
+            "to a directory of yours"
+        )
+    if status.st_mode & 0o077:
+        directory.chmod(0o700)
