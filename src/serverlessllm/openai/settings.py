@@ -1,0 +1,28 @@
+"""Limits on the fields of a request."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request may ask for; more is 400 with the field's name."""
+
+    depth_max: int = 64
+    """Nesting of arrays and objects in the body."""
+    n_max: int = 128
+    """Answers to one prompt (`n`, `best_of`)."""
+    max_tokens_max: int = 1_048_576
+    """Tokens of one answer (`max_tokens`, `max_completion_tokens`)."""
+    stop_max: int = 4
+    """Stop sequences."""
+    stop_chars_max: int = 4096
+    """Of one stop sequence."""
+    messages_max: int = 16_384
+    """Messages of one chat."""
+    inputs_max: int = 2048
+    """Prompts or embedding inputs of one request."""
+    top_logprobs_max: int = 20
+    """Alternatives per token."""
+    tools_max: int = 128
+    """Tools of one chat."""
