@@ -1,0 +1,151 @@
+"""Checkpoints in a store: `<model>/<revision>/model.bin`, then `model.idx`, create-only.
+
+Who sees an `.idx` has a whole checkpoint. Whatever a crash leaves has no `.idx`: it is invisible,
+and the next publisher of that prefix replaces it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from serverlessllm.checkpoint.index import checkpoint_id, decode_index
+from serverlessllm.core.errors import CheckpointError
+from serverlessllm.core.models import CheckpointRef
+from serverlessllm.store.errors import ObjectChanged, ObjectMissing
+from serverlessllm.store.layout import BIN, IDX, check_prefix
+from serverlessllm.store.objects import Objects
+from serverlessllm.store.upload import Upload
+
+
+class CheckpointMissing(CheckpointError):
+    """The store has no (whole) checkpoint there."""
+
+    code = "checkpoint_missing"
+
+
+class Published(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint that a store holds, as the head of its `.idx` shows it."""
+
+    prefix: str
+    index_size_bytes: int
+    index_etag: str | None
+
+
+class CheckpointStore:
+    """What every other part asks of the store. One per process; safe for concurrent use."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._etags: dict[str, str | None] = {}
+
+    @property
+    def where(self) -> str:
+        """The store's name for people: scheme and host, or the folder; never a secret."""
+        return self._objects.where
+
+    @property
+    def root(self) -> Path | None:
+        """The store's directory when it is a folder of this machine."""
+        return self._objects.root
+
+    async def head(self, prefix: str) -> Published | None:
+        """Whether the checkpoint is there: one request."""
+        try:
+            info = await self._objects.head(f"{check_prefix(prefix)}/{IDX}")
+        except ObjectMissing:
+            return None
+        return Published(prefix=prefix, index_size_bytes=info.size_bytes, index_etag=info.etag)
+
+    async def read_index(self, prefix: str) -> bytes:
+        """The `.idx` of `prefix`, not yet decoded.
+
+        Raises:
+            CheckpointMissing: there is none.
+            CheckpointError: it is larger than `index_bytes_max`.
+        """
+        path = f"{check_prefix(prefix)}/{IDX}"
+        try:
+            info = await self._objects.head(path)
+            limit = self._objects.settings.index_bytes_max
+            if info.size_bytes > limit:
+                raise CheckpointError(
+                    f"the index of {prefix} is {info.size_bytes} bytes, over the limit of {limit}"
+                )
+            return bytes(await self._objects.read(path, 0, info.size_bytes, etag=info.etag))
+        except ObjectMissing:
+            raise _missing(prefix) from None
+
+    async def find(self, prefix: str) -> CheckpointRef | None:
+        """The checkpoint of `prefix` as others refer to it: its index is read and validated."""
+        try:
+            data = await self.read_index(prefix)
+        except CheckpointMissing:
+            return None
+        index = decode_index(data)
+        return CheckpointRef(id=checkpoint_id(data), prefix=prefix, size_bytes=index.size_bytes)
+
+    async def read_range(self, prefix: str, offset: int, size: int) -> memoryview:
+        """Exactly `size` bytes at `offset` of the `.bin`.
+
+        The ETag is pinned at the first range: all ranges come from one object.
+
+        Raises:
+            CheckpointMissing: there is no such `.bin`.
+            ObjectChanged: the `.bin` was replaced; start again (it is pinned anew).
+            StoreUnavailable: every try failed.
+        """
+        path = f"{check_prefix(prefix)}/{BIN}"
+        try:
+            if prefix not in self._etags:
+                self._pin(prefix, (await self._objects.head(path)).etag)
+            data = await self._objects.read(path, offset, size, etag=self._etags.get(prefix))
+            return memoryview(data)
+        except ObjectMissing:
+            raise _missing(prefix) from None
+        except ObjectChanged:
+            self._etags.pop(prefix, None)
+            raise
+
+    def upload(self, prefix: str, bin_path: Path, size_bytes: int | None = None) -> Upload:
+        """Publish the growing local file `bin_path` under `prefix`; see `Upload`.
+
+        `size_bytes`, when known, is what it will grow to.
+        """
+        return Upload(self._objects, prefix, bin_path, size_bytes)
+
+    async def publish(self, prefix: str, bin_path: Path, index: bytes) -> CheckpointRef:
+        """Publish a finished `.bin` and its `.idx`; as `Upload.publish`."""
+        async with self.upload(prefix, bin_path) as upload:
+            return await upload.publish(index)
+
+    async def delete(self, prefix: str) -> bool:
+        """Remove the checkpoint, `.idx` first; whether there was one."""
+        existed = await self.head(prefix) is not None
+        await self._objects.delete(f"{prefix}/{IDX}")
+        await self._objects.delete(f"{prefix}/{BIN}")
+        self._etags.pop(prefix, None)
+        return existed
+
+    async def list(self) -> tuple[Published, ...]:
+        """Every published checkpoint, by prefix; at most `list_max`."""
+        found: list[Published] = []
+        async for info in self._objects.list(""):
+            prefix, _, name = info.path.rpartition("/")
+            if name == IDX and prefix:
+                found.append(
+                    Published(prefix=prefix, index_size_bytes=info.size_bytes, index_etag=info.etag)
+                )
+                if len(found) >= self._objects.settings.list_max:
+                    break
+        return tuple(sorted(found, key=lambda published: published.prefix))
+
+    def _pin(self, prefix: str, etag: str | None) -> None:
+        while len(self._etags) >= self._objects.settings.pinned_etags_max:
+            del self._etags[next(iter(self._etags))]
+        self._etags[prefix] = etag
+
+
+def _missing(prefix: str) -> CheckpointMissing:
+    return CheckpointMissing(f"the store has no checkpoint {prefix}: ingest the model again")
