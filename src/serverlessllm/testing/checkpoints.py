@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 WORDS = (
     "the a model answers asks loads wakes sleeps cold warm hot store node agent token layer "
     "reads writes quick slow small big and or of to in is was not one two three four red blue"
-).split()
+).split()  # noqa: SIM905 - a word a line reads worse
 
 _CONTROL = ("<unk>", "<s>", "</s>")
 _FIRST_WORD = len(_CONTROL) + 256
