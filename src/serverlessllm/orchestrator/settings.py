@@ -13,9 +13,7 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     listen: Address = Address("http://127.0.0.1:8000")
     """Where clients are served."""
     api_key_sha256: tuple[str, ...] = ()
-    """Hex SHA-256 of each accepted API key; empty: no key is asked for (loopback only)."""
-    allow_public_without_key: bool = False
-    """Serve an address other than loopback although there is no API key."""
+    """Hex SHA-256 of each accepted API key; empty: no key is asked for."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that a `Host` header may carry beside IP addresses and `localhost`."""
     on_demand_sources: tuple[str, ...] = ("hf",)
@@ -31,12 +29,20 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that may wait for one cold model."""
     waiters_max: int = 4096
     """Requests that may wait for cold models in this process."""
+    loads_max: int = 64
+    """Models that may be loading at once on behalf of this process."""
+    agent_wait_s: float = 5.0
+    """How long a load waits for an agent to appear when there is none."""
+    stream_grace_s: float = 0.1
+    """How long a stream for a cold model may stay silent: what fails sooner has its own status."""
     failure_cache_s: float = 5.0
     """How long a failed load answers for the next ones."""
     load_agents_max: int = 3
     """Agents asked for one load before it counts as failed."""
-    load_silence_s_max: float = 300.0
-    """The longest silence of an agent inside one load."""
+    load_silence_s_max: float = 10.0
+    """The longest silence of an agent inside one load (it speaks every second)."""
+    unload_s_max: float = 150.0
+    """How long an agent may take to unload: its running answers finish first."""
 
     retries_max: int = 2
     """Other agents asked for one request before its first byte."""

@@ -1,0 +1,284 @@
+"""The waiting room: requests for a model that is not ready wait here for the one load of it.
+
+One task a model owns the whole way from nothing to ready; requests come and go beside it. The
+load ends early only when nobody wants it any more: no waiter, no promise to one that was sent
+away with `model_loading`, no operator who asked for it, no minimum of replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from serverlessllm.core.agentapi import HopTiming, LoadEvent
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.cluster import JobError
+from serverlessllm.core.errors import SLLMError, TooManyRequests, Unavailable
+from serverlessllm.core.ids import AgentId, Epoch, ModelId
+from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.waits import settled
+
+log = logging.getLogger(__name__)
+
+Fleet = frozenset[tuple[AgentId, Epoch]]
+"""Agents and their registrations; a restarted agent makes another fleet."""
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished load, and where its time went."""
+
+    agent: AgentId
+    predicted_s: float
+    """By the scheduler, from the choice to ready."""
+    place_s: float = 0.0
+    ingest_s: float = 0.0
+    load_s: float = 0.0
+    """From the choice to ready, in fact."""
+    hops: tuple[HopTiming, ...] = ()
+
+
+class BringsUp(Protocol):
+    """`serverlessllm.orchestrator.loads.Loads`: the work itself, without the room."""
+
+    async def bring_up(
+        self, model: ModelId, elsewhere: bool, publish: Callable[[LoadEvent], None]
+    ) -> Loaded:
+        """Make `model` ready on some agent; `elsewhere`: on one where it is not ready yet."""
+        ...
+
+    def fleet(self) -> Fleet: ...
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    error: SLLMError
+    until_s: float
+    fleet: Fleet
+
+
+class _Loading:
+    """One load under way and who wants it."""
+
+    __slots__ = ("done", "held", "progress", "task", "turn", "waiters")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self.done: asyncio.Future[Loaded] = loop.create_future()
+        self.turn: asyncio.Future[None] = loop.create_future()
+        """Done at the next progress; then another one takes its place."""
+        self.progress = LoadEvent(state="queued")
+        self.waiters = 0
+        self.held = False
+        """Goes on without waiters."""
+
+    def publish(self, event: LoadEvent) -> None:
+        self.progress = event
+        turn, self.turn = self.turn, self.turn.get_loop().create_future()
+        if not turn.done():
+            turn.set_result(None)
+
+    def fail(self, error: SLLMError) -> None:
+        """Unless it has an outcome already."""
+        if self.done.done():
+            return
+        self.done.set_exception(error)
+        self.done.exception()  # seen: it may be that nobody waits
+        told = JobError(code=error.code, message=error.message, status=error.status)
+        self.publish(LoadEvent(state="failed", error=told))
+
+
+class Waiter:
+    """A request's place in the room."""
+
+    __slots__ = ("_clock", "_loading")
+
+    def __init__(self, loading: _Loading, clock: Clock) -> None:
+        self._loading = loading
+        self._clock = clock
+
+    @property
+    def progress(self) -> LoadEvent:
+        """The latest."""
+        return self._loading.progress
+
+    async def ready(self, timeout_s: float) -> Loaded | None:
+        """The load's outcome, or None when it has none after `timeout_s`.
+
+        Raises:
+            SLLMError: why the load failed; the same for every waiter.
+        """
+        done = self._loading.done
+        if not await settled(self._clock, done, timeout_s):
+            return None
+        error = done.exception()
+        if error is not None:
+            raise error.with_traceback(None)
+        return done.result()
+
+    async def progressed(self, timeout_s: float) -> LoadEvent:
+        """The next progress, or the same one again after `timeout_s` or at the end."""
+        done, turn = self._loading.done, self._loading.turn
+        if not done.done() and not turn.done():
+            timer = asyncio.ensure_future(self._clock.sleep(timeout_s))
+            try:
+                await asyncio.wait((done, turn, timer), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                timer.cancel()
+        return self._loading.progress
+
+    def promise(self) -> None:
+        """The client is told to come back: the load goes on for it."""
+        self._loading.held = True
+
+
+class WaitingRoom:
+    """Single flight a model in this process. Owns its tasks; `close` ends them."""
+
+    def __init__(self, loads: BringsUp, settings: OrchestratorSettings, clock: Clock) -> None:
+        self._loads = loads
+        self._settings = settings
+        self._clock = clock
+        self._loadings: dict[ModelId, _Loading] = {}
+        self._failures: dict[ModelId, _Failure] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting = 0
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the room."""
+        return self._waiting
+
+    @property
+    def loading(self) -> int:
+        """Loads under way."""
+        return len(self._loadings)
+
+    @contextmanager
+    def enter(self, model: ModelId, *, elsewhere: bool = False) -> Iterator[Waiter]:
+        """Wait for `model`, starting its load if there is none; leaving is always safe.
+
+        Raises:
+            TooManyRequests: the room is full.
+            SLLMError: a load failed moments ago.
+        """
+        loading = self._loadings.get(model)
+        waiting = 0 if loading is None else loading.waiters
+        if waiting >= self._settings.waiters_per_model_max or (
+            self._waiting >= self._settings.waiters_max
+        ):
+            raise TooManyRequests(
+                f"too many requests wait for {model} to load; try again shortly",
+                retry_after_s=self._retry_after_s(loading),
+            )
+        if loading is None:
+            loading = self._start(model, elsewhere)
+        loading.waiters += 1
+        self._waiting += 1
+        try:
+            yield Waiter(loading, self._clock)
+        finally:
+            loading.waiters -= 1
+            self._waiting -= 1
+            self._drop_if_unwanted(model, loading)
+
+    def hold(self, model: ModelId, *, elsewhere: bool = False) -> bool:
+        """Have `model` loaded without waiting for it; whether a load is under way now."""
+        try:
+            loading = self._loadings.get(model) or self._start(model, elsewhere)
+        except SLLMError:
+            return False
+        loading.held = True
+        return True
+
+    def stop(self, model: ModelId) -> None:
+        """End the load of a model that is being deleted; its waiters get the cancellation."""
+        loading = self._loadings.get(model)
+        if loading is not None and loading.task is not None:
+            loading.task.cancel()
+
+    def forget(self, model: ModelId) -> None:
+        """An operator changed something: the last failure says nothing any more."""
+        self._failures.pop(model, None)
+
+    async def close(self) -> None:
+        """End every load; waiters are told that it was cancelled."""
+        self._closed = True
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self, model: ModelId, elsewhere: bool) -> _Loading:
+        self._raise_recent_failure(model)
+        if self._closed or len(self._loadings) >= self._settings.loads_max:
+            raise TooManyRequests(
+                "too many models are loading at once; try again shortly", retry_after_s=1.0
+            )
+        loading = _Loading(asyncio.get_running_loop())
+        self._loadings[model] = loading
+        task = asyncio.ensure_future(self._own(model, elsewhere, loading))
+        loading.task = task
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._ended, model, loading))
+        return loading
+
+    async def _own(self, model: ModelId, elsewhere: bool, loading: _Loading) -> None:
+        """The task that owns one load: its outcome is given to all waiters exactly once."""
+        try:
+            loaded = await self._loads.bring_up(model, elsewhere, loading.publish)
+        except SLLMError as failure:
+            self._fail(model, loading, failure)
+        except Exception:
+            log.exception("load of %s ended by a bug", model)
+            self._fail(model, loading, SLLMError())
+        else:
+            loading.done.set_result(loaded)
+            loading.publish(LoadEvent(state="ready", hops=loaded.hops))
+
+    def _fail(self, model: ModelId, loading: _Loading, error: SLLMError) -> None:
+        self._remember(model, error)
+        loading.fail(error)
+
+    def _ended(self, model: ModelId, loading: _Loading, task: asyncio.Task[None]) -> None:
+        """However the owner ended, even before its first step: nobody may wait for ever."""
+        self._tasks.discard(task)
+        if self._loadings.get(model) is loading:
+            del self._loadings[model]
+        loading.fail(Unavailable(f"the load of {model} was cancelled", retry_after_s=1.0))
+
+    def _drop_if_unwanted(self, model: ModelId, loading: _Loading) -> None:
+        if loading.waiters or loading.held or loading.done.done():
+            return
+        if self._loadings.get(model) is loading:
+            del self._loadings[model]  # the next request starts afresh
+        if loading.task is not None:
+            loading.task.cancel()
+
+    def _remember(self, model: ModelId, error: SLLMError) -> None:
+        now_s = self._clock.now_s()
+        for old in [key for key, failure in self._failures.items() if failure.until_s <= now_s]:
+            del self._failures[old]
+        self._failures[model] = _Failure(
+            error, now_s + self._settings.failure_cache_s, self._loads.fleet()
+        )
+
+    def _raise_recent_failure(self, model: ModelId) -> None:
+        """Answer from the negative cache, unless agents came or went since."""
+        failure = self._failures.get(model)
+        if failure is None:
+            return
+        if failure.until_s <= self._clock.now_s() or failure.fleet != self._loads.fleet():
+            del self._failures[model]
+            return
+        raise failure.error.with_traceback(None)
+
+    @staticmethod
+    def _retry_after_s(loading: _Loading | None) -> float:
+        eta_s = loading.progress.eta_s if loading is not None else None
+        return 1.0 if eta_s is None else min(max(1.0, eta_s), 120.0)

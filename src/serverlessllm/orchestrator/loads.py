@@ -1,0 +1,202 @@
+"""From nothing to ready: checkpoint, choice of an agent, load; the next-best agent on refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+import msgspec
+
+from serverlessllm.core.agentapi import LoadEvent, LoadRequest
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.cluster import JobRecord, JobStage
+from serverlessllm.core.errors import (
+    BackendDied,
+    ModelNotFound,
+    NoCapacity,
+    SLLMError,
+)
+from serverlessllm.core.ids import Address, AgentId, Epoch, ModelId, is_hub_name
+from serverlessllm.core.models import ModelRecord, ModelSpec
+from serverlessllm.orchestrator.coldstart import Fleet, Loaded
+from serverlessllm.orchestrator.seams import Ingests
+from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.view import ClusterView, is_ready, names_like
+
+
+class Placed(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a load should go."""
+
+    agent: AgentId
+    epoch: Epoch
+    address: Address
+    predicted_s: float
+
+
+class Places(Protocol):
+    """`serverlessllm.orchestrator.router.Router`: the scheduler on the view."""
+
+    def place(self, record: ModelRecord, avoid: Collection[AgentId]) -> Placed | None:
+        """The best agent for a load; None when none may be asked."""
+        ...
+
+
+class AsksAgents(Protocol):
+    """`serverlessllm.orchestrator.agents.AgentClient`."""
+
+    async def load(
+        self, address: Address, request: LoadRequest, publish: Callable[[LoadEvent], None]
+    ) -> LoadEvent:
+        """The `ready` event; each one before it is published. Cancelling hangs up.
+
+        Raises:
+            AgentGone: it cannot be reached, or hung up before the end.
+            SLLMError: its refusal, or why the load failed.
+        """
+        ...
+
+
+class AgentGone(BackendDied):
+    """The agent did not answer, or hung up: another one, or its next life, may."""
+
+
+class Loads:
+    """What the waiting room has done; holds nothing between two calls."""
+
+    def __init__(
+        self,
+        settings: OrchestratorSettings,
+        *,
+        view: ClusterView,
+        places: Places,
+        agents: AsksAgents,
+        ingestion: Ingests,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._view = view
+        self._places = places
+        self._agents = agents
+        self._ingestion = ingestion
+        self._clock = clock
+
+    def fleet(self) -> Fleet:
+        return frozenset((seen.agent, seen.record.epoch) for seen in self._view.agents.values())
+
+    async def bring_up(
+        self,
+        model: ModelId,
+        elsewhere: bool,
+        publish: Callable[[LoadEvent], None],
+    ) -> Loaded:
+        started_s = self._clock.now_s()
+        record = await self.checkpointed(model, publish)
+        ingest_s = self._clock.now_s() - started_s
+        avoid = self._ready_on(model) if elsewhere else frozenset[AgentId]()
+        gone: set[tuple[AgentId, Epoch]] = set()
+        refused: set[AgentId] = set(avoid)
+        error: SLLMError | None = None
+        for _ in range(self._settings.load_agents_max):
+            searched_s = self._clock.now_s()
+            placed = await self._place(record, refused, gone, publish)
+            if placed is None:
+                break
+            chosen_s = self._clock.now_s()
+            try:
+                request = LoadRequest(spec=record.spec, checkpoint=record.checkpoint)
+                ready = await self._agents.load(placed.address, request, publish)
+            except AgentGone as lost:
+                self._view.failed(placed.agent)
+                gone.add((placed.agent, placed.epoch))
+                error = lost
+            except SLLMError as refusal:
+                if refusal.permanent:
+                    raise
+                refused.add(placed.agent)
+                error = refusal
+            else:
+                self._view.became_ready(placed.agent, model)
+                return Loaded(
+                    agent=placed.agent,
+                    predicted_s=placed.predicted_s,
+                    place_s=chosen_s - searched_s,
+                    ingest_s=ingest_s,
+                    load_s=self._clock.now_s() - chosen_s,
+                    hops=ready.hops,
+                )
+        if error is None or isinstance(error, AgentGone):
+            raise NoCapacity(f"no agent can take {model} now", retry_after_s=1.0)
+        raise error
+
+    async def checkpointed(
+        self, model: ModelId, publish: Callable[[LoadEvent], None]
+    ) -> ModelRecord:
+        """The model's record, with a checkpoint in the store if it needs one."""
+        record = self._view.models.get(model)
+        if record is None:
+            spec = on_demand_spec(model, self._settings, self._view)
+        elif record.checkpoint is not None or record.spec.source is None:
+            return record
+        else:
+            spec = record.spec
+
+        def progress(job: JobRecord) -> None:
+            publish(ingest_event(job))
+
+        return await self._ingestion.ensure(model, spec, progress)
+
+    async def _place(
+        self,
+        record: ModelRecord,
+        refused: Collection[AgentId],
+        gone: Collection[tuple[AgentId, Epoch]],
+        publish: Callable[[LoadEvent], None],
+    ) -> Placed | None:
+        """Choose; while every agent is away, wait a little for one to come (back)."""
+        deadline_s = self._clock.now_s() + self._settings.agent_wait_s
+        while True:
+            version = self._view.version
+            dead = [
+                agent
+                for agent, epoch in gone
+                if (seen := self._view.agents.get(agent)) is not None and seen.record.epoch == epoch
+            ]
+            placed = self._places.place(record, {*refused, *dead})
+            left_s = deadline_s - self._clock.now_s()
+            if placed is not None or refused or left_s <= 0:
+                return placed
+            publish(LoadEvent(state="queued", stage="no agent"))
+            await self._view.changed(version, self._clock, left_s)
+
+    def _ready_on(self, model: ModelId) -> frozenset[AgentId]:
+        return frozenset(
+            seen.agent
+            for seen in self._view.agents.values()
+            if (on := seen.models.get(model)) is not None and is_ready(on)
+        )
+
+
+def on_demand_spec(model: ModelId, settings: OrchestratorSettings, view: ClusterView) -> ModelSpec:
+    """The spec of a model that nobody registered, if its name may be asked of the hub.
+
+    Raises:
+        ModelNotFound: it may not; names some that are registered.
+    """
+    if "hf" in settings.on_demand_sources and is_hub_name(model):
+        return ModelSpec(model=model, source=f"hf://{model}")
+    raise ModelNotFound(unknown_model(model, settings, view), param="model")
+
+
+def unknown_model(name: str, settings: OrchestratorSettings, view: ClusterView) -> str:
+    """What a client is told that asked for a name nobody knows."""
+    known = names_like(view.names, name, settings.hint_names_max)
+    hint = f"registered: {', '.join(known)}" if known else "no model is registered"
+    return f"the model {name[:200]!r} does not exist; {hint}"
+
+
+def ingest_event(job: JobRecord) -> LoadEvent:
+    """An ingest job's progress, as a waiter sees it."""
+    stage = "queued" if job.stage is JobStage.RESOLVING else f"ingest: {job.stage}"
+    return LoadEvent(
+        state="loading", stage=stage, bytes_done=job.bytes_done, bytes_total=job.bytes_total
+    )

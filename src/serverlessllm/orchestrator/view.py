@@ -1,0 +1,185 @@
+"""What an orchestrator knows of the cluster: plain dicts, read by everybody, written by one task.
+
+The registry's watch feeds it, a list corrects it, and what this process's own requests meet is
+noted at once (`failed`, `became_ready`, `lost`). When the metadata store is away nothing is
+forgotten: agents only grow old, and when all are old, age says nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.cluster import AgentRecord, CacheLevel, JobRecord, ModelOnAgent
+from serverlessllm.core.ids import Address, AgentId, ModelId
+from serverlessllm.core.lifecycle import InstanceState
+from serverlessllm.core.models import ModelRecord
+from serverlessllm.orchestrator.waits import settled
+
+
+class AgentSeen:
+    """One agent: its last record, and what is known of its health here."""
+
+    __slots__ = ("address", "agent", "failed", "models", "record", "revision", "seen_s")
+
+    def __init__(self, record: AgentRecord, revision: int, seen_s: float) -> None:
+        self.agent: AgentId = record.agent
+        self.address: Address = record.address
+        self.record = record
+        self.revision = revision
+        self.seen_s = seen_s
+        """When the record arrived, on this process's monotonic clock."""
+        self.failed = False
+        """A request or load of ours could not reach it since its last heartbeat."""
+        self.models: dict[ModelId, ModelOnAgent] = {on.model: on for on in record.models}
+
+    def suspect(self, now_s: float, silent_s: float) -> bool:
+        """Whether another agent should be preferred."""
+        return self.failed or now_s - self.seen_s > silent_s
+
+
+class ClusterView:
+    """Models by every name, agents, jobs. `version` grows with each change."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.models: dict[ModelId, ModelRecord] = {}
+        self.names: dict[str, ModelId] = {}
+        self.agents: dict[AgentId, AgentSeen] = {}
+        self.jobs: dict[ModelId, JobRecord] = {}
+        self._change: asyncio.Future[None] | None = None
+
+    async def changed(self, since_version: int, clock: Clock, timeout_s: float) -> None:
+        """Return as soon as the version is not `since_version`, or after `timeout_s`."""
+        if self.version == since_version:
+            await settled(clock, self._next_change(), timeout_s)
+
+    def _next_change(self) -> asyncio.Future[None]:
+        if self._change is None or self._change.done():
+            self._change = asyncio.get_running_loop().create_future()
+        return self._change
+
+    # Written by the feed.
+
+    def put_model(self, record: ModelRecord) -> None:
+        if self.models.get(record.spec.model) == record:
+            return
+        self._forget_names(record.spec.model)
+        self.models[record.spec.model] = record
+        self._learn_names(record)
+        self._touch()
+
+    def drop_model(self, model: ModelId) -> None:
+        if self.models.pop(model, None) is not None:
+            self._forget_names(model)
+            # A name that the lost model hid may belong to another one.
+            for record in self.models.values():
+                self._learn_names(record)
+            self._touch()
+
+    def put_agent(self, record: AgentRecord, revision: int, now_s: float) -> None:
+        """A heartbeat; one that is not new says nothing about the agent's being alive."""
+        known = self.agents.get(record.agent)
+        if known is not None and record.epoch == known.record.epoch and revision == known.revision:
+            return
+        if known is not None and record.epoch < known.record.epoch:
+            return
+        self.agents[record.agent] = AgentSeen(record, revision, now_s)
+        self._touch()
+
+    def drop_agent(self, agent: AgentId) -> None:
+        if self.agents.pop(agent, None) is not None:
+            self._touch()
+
+    def put_job(self, record: JobRecord) -> None:
+        if self.jobs.get(record.model) == record:
+            return
+        self.jobs[record.model] = record
+        self._touch()
+
+    def drop_job(self, model: ModelId) -> None:
+        if self.jobs.pop(model, None) is not None:
+            self._touch()
+
+    def keep_only(
+        self,
+        *,
+        models: Iterable[ModelId],
+        agents: Iterable[AgentId],
+        jobs: Iterable[ModelId],
+    ) -> None:
+        """Forget what a complete list no longer has."""
+        for model in self.models.keys() - set(models):
+            self.drop_model(model)
+        for agent in self.agents.keys() - set(agents):
+            self.drop_agent(agent)
+        for job in self.jobs.keys() - set(jobs):
+            self.drop_job(job)
+
+    # Noted by requests; the next heartbeat has the last word.
+
+    def failed(self, agent: AgentId) -> None:
+        """It did not answer a request of ours."""
+        seen = self.agents.get(agent)
+        if seen is not None and not seen.failed:
+            seen.failed = True
+            self._touch()
+
+    def became_ready(self, agent: AgentId, model: ModelId) -> None:
+        """Its load ended well: the heartbeat that says so is still under way."""
+        self._note(agent, model, CacheLevel.DEVICE, InstanceState.READY)
+
+    def lost(self, agent: AgentId, model: ModelId) -> None:
+        """It answered that it has no ready instance."""
+        self._note(agent, model, CacheLevel.DRAM, None)
+
+    def _note(
+        self, agent: AgentId, model: ModelId, level: CacheLevel, state: InstanceState | None
+    ) -> None:
+        seen = self.agents.get(agent)
+        if seen is None:
+            return
+        known = seen.models.get(model, ModelOnAgent(model=model))
+        if known.cache_level is level and known.state is state:
+            return
+        seen.models[model] = msgspec.structs.replace(known, cache_level=level, state=state)
+        self._touch()
+
+    def _learn_names(self, record: ModelRecord) -> None:
+        """A canonical name beats an alias; the first alias beats a later one."""
+        for alias in record.spec.aliases:
+            self.names.setdefault(alias, record.spec.model)
+        self.names[record.spec.model] = record.spec.model
+
+    def _forget_names(self, model: ModelId) -> None:
+        for name in [name for name, owner in self.names.items() if owner == model]:
+            del self.names[name]
+
+    def _touch(self) -> None:
+        self.version += 1
+        if self._change is not None and not self._change.done():
+            self._change.set_result(None)
+
+
+def is_ready(on: ModelOnAgent) -> bool:
+    """Whether requests can be sent there now."""
+    return on.state is InstanceState.READY
+
+
+def names_like(names: Mapping[str, ModelId], wanted: str, limit: int) -> list[str]:
+    """Registered names for a client that asked for `wanted`: those that share most with it."""
+    tail = wanted.rpartition("/")[2].lower()
+    near = sorted(names, key=lambda name: (-_shared(name.rpartition("/")[2].lower(), tail), name))
+    return near[:limit]
+
+
+def _shared(one: str, other: str) -> int:
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
