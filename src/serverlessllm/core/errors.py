@@ -76,6 +76,14 @@ class Unauthorized(ClientError):
     code = "invalid_api_key"
 
 
+class Forbidden(ClientError):
+    """Whoever asks may not: a web page of another origin, or a name we do not serve under."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
 class RouteNotFound(ClientError):
     """No such route."""
 
