@@ -20,7 +20,7 @@ from serverlessllm.config.settings import Settings
 FILE_NAME = "serverlessllm.toml"
 DEFAULT = "default"
 COMMAND_LINE = "command line"
-_NOT_SETTINGS = {"SLLM_CONFIG", "SLLM_URL"}
+_NOT_SETTINGS = {"SLLM_CONFIG", "SLLM_URL", "SLLM_API_KEY"}
 
 
 class ConfigError(Exception):
@@ -83,6 +83,11 @@ def load(
 def client_url(environ: Mapping[str, str] | None = None) -> str | None:
     """Where `SLLM_URL` says the orchestrator is."""
     return (os.environ if environ is None else environ).get("SLLM_URL") or None
+
+
+def client_api_key(environ: Mapping[str, str] | None = None) -> str | None:
+    """The key that `SLLM_API_KEY` gives to client verbs."""
+    return (os.environ if environ is None else environ).get("SLLM_API_KEY") or None
 
 
 def effective(loaded: Loaded) -> tuple[Row, ...]:

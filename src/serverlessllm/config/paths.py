@@ -17,7 +17,7 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
 
     data_dir: Path
     runtime_dir: Path
-    dram_dir: Path
+    """Unix sockets."""
 
     @property
     def metadata_file(self) -> Path:
@@ -53,7 +53,7 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
 def derive(settings: Settings, environ: Mapping[str, str]) -> Paths:
     """The paths that `settings` name, or the defaults of this user.
 
-    Two data directories never share sockets or DRAM: both names carry a digest of its path.
+    Two data directories never share sockets: the name carries a digest of the path.
     """
     home = environ.get("HOME") or "/"
     data_home = environ.get("XDG_DATA_HOME") or str(Path(home) / ".local" / "share")
@@ -61,12 +61,7 @@ def derive(settings: Settings, environ: Mapping[str, str]) -> Paths:
     name = f"sllm-{os.getuid()}-{blake3.blake3(os.fsencode(data_dir)).hexdigest()[:8]}"
     runtime_home = Path(environ.get("XDG_RUNTIME_DIR") or "/tmp")  # noqa: S108 - made 0700 below
     runtime = settings.runtime_dir or runtime_home / name
-    dram = settings.dram_dir or Path("/dev/shm") / name  # noqa: S108 - made 0700 by its owner
-    return Paths(
-        data_dir=data_dir,
-        runtime_dir=Path(runtime).expanduser().absolute(),
-        dram_dir=Path(dram).expanduser().absolute(),
-    )
+    return Paths(data_dir=data_dir, runtime_dir=Path(runtime).expanduser().absolute())
 
 
 def make_private(directory: Path) -> None:
@@ -79,8 +74,7 @@ def make_private(directory: Path) -> None:
     status = directory.lstat()
     if directory.is_symlink() or status.st_uid != os.getuid():
         raise PermissionError(
-            f"{directory} belongs to another user: remove it, or set runtime_dir (dram_dir) "
-            "to a directory of yours"
+            f"{directory} belongs to another user: remove it, or set runtime_dir to one of yours"
         )
     if status.st_mode & 0o077:
         directory.chmod(0o700)

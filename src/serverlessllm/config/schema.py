@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import enum
 import inspect
 import re
 import textwrap
@@ -11,9 +12,10 @@ import typing
 
 import msgspec
 
-from serverlessllm.core.units import parse_duration_s, parse_size_bytes
+from serverlessllm.core.units import GIB, KIB, MIB, TIB, parse_duration_s, parse_size_bytes
 
 _SECRET = re.compile(r"(secret|password|credential|token)s?$|(api|access|account|secret)_key")
+_UNIT = re.compile(r"_(bytes_s|bytes_per_s|bytes|s)(?:_max|_min)?$")
 HIDDEN = "(hidden)"
 AUTO = "auto"
 """How a file spells None: the value is derived from the machine."""
@@ -59,9 +61,12 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
     def expected(self) -> str:
         """What a value looks like, for an error message."""
         kind = next((t for t in _members(self.type) if t is not type(None)), str)
-        text = _EXPECTED.get(
-            _unit(self.name) or typing.get_origin(kind) or kind, "a value of its type"
-        )
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            text = "one of " + ", ".join(str(member.value) for member in kind)
+        else:
+            text = _EXPECTED.get(
+                _unit(self.name) or typing.get_origin(kind) or kind, "a value of its type"
+            )
         return f'{text}, or "{AUTO}"' if self.optional else text
 
     def convert(self, value: object) -> object:
@@ -114,9 +119,11 @@ _EXPECTED: dict[object, str] = {
 
 
 def _unit(name: str) -> str | None:
-    if name.endswith(("_bytes", "_bytes_s", "_bytes_per_s")):
-        return "size"
-    return "duration" if name.endswith("_s") else None
+    """What the name's unit says the number is: `size`, `duration` or neither."""
+    match = _UNIT.search(name)
+    if match is None:
+        return None
+    return "duration" if match[1] == "s" else "size"
 
 
 def _members(annotation: object) -> tuple[object, ...]:
@@ -171,3 +178,20 @@ def _docs(settings: type[msgspec.Struct]) -> dict[str, str]:
 def section_doc(settings: type[msgspec.Struct]) -> str:
     """The first paragraph of a section's docstring, on one line."""
     return " ".join(inspect.cleandoc(settings.__doc__ or "").split("\n\n")[0].split())
+
+
+def spell(name: str, number: float) -> str:
+    """A number as a file would say it, in the unit that its name carries: `"16MiB"`, `"5m"`."""
+    if _unit(name) == "size" and number >= KIB:
+        for unit, size in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+            if number % size == 0:
+                return f'"{number / size:.0f}{unit}"'
+    if _unit(name) == "duration":
+        for unit, seconds in (("d", 86400), ("h", 3600), ("m", 60)):
+            if number >= seconds and number % seconds == 0:
+                return f'"{number / seconds:.0f}{unit}"'
+        if 0 < number < 1:
+            return f'"{number * 1000:g}ms"'
+        if number > 0:
+            return f'"{number:g}s"'
+    return f"{number:g}" if number % 1 else f"{number:.0f}"

@@ -1,0 +1,179 @@
+"""The verbs' side of the management API: plain HTTP, typed answers, errors with their cure."""
+
+from __future__ import annotations
+
+import difflib
+import http.client
+import json
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from serverlessllm import __version__
+from serverlessllm.cli import options
+from serverlessllm.cli.failure import Failure
+
+T = TypeVar("T")
+
+_CONNECT_TIMEOUT_S = 5.0
+_ANSWER_TIMEOUT_S = 630.0
+"""Longer than the longest wait for a cold model: the server decides, not the client."""
+
+
+class _Error(msgspec.Struct, frozen=True):
+    message: str
+    code: str | None = None
+
+
+class _ErrorBody(msgspec.Struct, frozen=True):
+    error: _Error
+
+
+class Client:
+    """One server; a connection per call (a verb makes few)."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise Failure(f"--url {url}: write http://host:port", exit_status=2)
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._secure = parts.scheme == "https"
+        self._host, self._port = parts.hostname, parts.port
+        self._headers = {"User-Agent": f"sllm/{__version__}", "Accept": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+
+    def get(self, path: str, answer: type[T]) -> T:
+        return self._whole("GET", path, None, answer)
+
+    def post(self, path: str, body: msgspec.Struct, answer: type[T]) -> T:
+        return self._whole("POST", path, body, answer)
+
+    def delete(self, path: str, answer: type[T]) -> T:
+        return self._whole("DELETE", path, None, answer)
+
+    def lines(self, path: str, body: object) -> Generator[bytes]:
+        """The lines of a streamed answer (NDJSON or SSE), as they come, without their ends."""
+        with self._ask("POST", path, body) as response:
+            while line := response.readline():
+                yield line.rstrip(b"\r\n")
+
+    def stream(self, path: str, body: object, line: type[T]) -> Iterator[T]:
+        """The typed lines of an NDJSON answer; an error after the first line is raised."""
+        decoder = msgspec.json.Decoder(line)
+        for text in self.lines(path, body):
+            if not text:
+                continue
+            if text.startswith(b'{"error"'):
+                raise _failure(0, text, self)
+            yield decoder.decode(text)
+
+    def _whole(self, method: str, path: str, body: object, answer: type[T]) -> T:
+        with self._ask(method, path, body) as response:
+            data = response.read()
+        try:
+            return msgspec.json.decode(data, type=answer)
+        except msgspec.MsgspecError as error:
+            raise Failure(
+                f"{self.url} answers something else than a ServerlessLLM server: {error}",
+                "check --url, and that client and server have the same version",
+            ) from error
+
+    @contextmanager
+    def _ask(self, method: str, path: str, body: object) -> Iterator[http.client.HTTPResponse]:
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=_CONNECT_TIMEOUT_S)
+        data = None if body is None else msgspec.json.encode(body)
+        headers = self._headers | ({"Content-Type": "application/json"} if data else {})
+        try:
+            connection.connect()
+            connection.sock.settimeout(_ANSWER_TIMEOUT_S)
+            connection.request(method, path, data, headers)
+            response = connection.getresponse()
+            with response:
+                if response.status >= 400:
+                    raise _failure(response.status, response.read(1 << 20), self)
+                yield response
+        except ConnectionRefusedError as error:
+            raise Failure(
+                f"no server answers at {self.url}",
+                "start one with `sllm serve`, or name another by --url or SLLM_URL",
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+            raise Failure(
+                f"the server at {self.url} went away: {reason or type(error).__name__}",
+                "see its log; `sllm ps` tells whether it is back",
+            ) from error
+        finally:
+            connection.close()
+
+
+def connect(url: str | None) -> Client:
+    """The server that `--url`, `SLLM_URL` or the settings name."""
+    from serverlessllm.config.listen import parse_listen
+    from serverlessllm.config.load import client_api_key, client_url
+
+    url = url or client_url()
+    if url is None:
+        listen = options.settings().settings.orchestrator.listen
+        url = parse_listen(listen, allow_remote=True).replace("//0.0.0.0:", "//127.0.0.1:")
+    return Client(url, client_api_key())
+
+
+def model_path(prefix: str, model: str) -> str:
+    """`/api/models` and a model's name, safe inside a path."""
+    return f"{prefix}/{quote(model, safe='/@')}"
+
+
+def _failure(status: int, body: bytes, client: Client) -> Failure:
+    try:
+        error = msgspec.json.decode(body, type=_ErrorBody).error
+    except msgspec.MsgspecError:
+        return Failure(f"{client.url} answered with status {status}", "check --url")
+    return Failure(error.message, _cure(error.code, error.message, client), code=error.code)
+
+
+def _cure(code: str | None, message: str, client: Client) -> str:
+    match code:
+        case "model_not_found":
+            near = _near(message, client)
+            return (f"did you mean {near}? " if near else "") + (
+                "`sllm ls` lists the models; `sllm pull NAME` adds one"
+            )
+        case "invalid_api_key":
+            return "set SLLM_API_KEY"
+        case "no_capacity":
+            return "`sllm ps` shows what runs; `sllm unload MODEL` makes room"
+        case "metadata_unavailable" | "store_unavailable" | "backend_crash_loop":
+            return "`sllm doctor` tells what is wrong"
+    return ""
+
+
+def _near(message: str, client: Client) -> str | None:
+    """The registered name nearest to the quoted one of the message."""
+    asked = message.split("'")[1] if message.count("'") >= 2 else ""
+    try:
+        listing = client.get("/v1/models", dict)
+    except Failure:
+        return None
+    names = [str(row.get("id")) for row in listing.get("data", [])]
+    return next(iter(difflib.get_close_matches(asked, names, n=1, cutoff=0.4)), None)
+
+
+def chat_deltas(lines: Iterator[bytes]) -> Iterator[tuple[str, str]]:
+    """(`text`, delta) and (`comment`, JSON) of an SSE chat; an error event is raised."""
+    for line in lines:
+        if line.startswith(b": "):
+            yield "comment", line[2:].decode(errors="replace")
+        if not line.startswith(b"data: ") or line == b"data: [DONE]":
+            continue
+        event = json.loads(line[6:])
+        if "error" in event:
+            raise Failure(str(event["error"].get("message", "the answer broke off")))
+        for choice in event.get("choices", ()):
+            if text := choice.get("delta", {}).get("content"):
+                yield "text", text
