@@ -1,0 +1,1 @@
+"""Ingestion: raw weights from a source become a published checkpoint, once in the cluster."""

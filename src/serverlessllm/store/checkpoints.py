@@ -6,6 +6,8 @@ and the next publisher of that prefix replaces it.
 
 from __future__ import annotations
 
+import asyncio
+import os
 from pathlib import Path
 
 import msgspec
@@ -83,7 +85,7 @@ class CheckpointStore:
             data = await self.read_index(prefix)
         except CheckpointMissing:
             return None
-        index = decode_index(data)
+        index = await asyncio.to_thread(decode_index, data)
         return CheckpointRef(id=checkpoint_id(data), prefix=prefix, size_bytes=index.size_bytes)
 
     async def read_range(self, prefix: str, offset: int, size: int) -> memoryview:
@@ -108,17 +110,22 @@ class CheckpointStore:
             self._etags.pop(prefix, None)
             raise
 
-    def upload(self, prefix: str, bin_path: Path, size_bytes: int | None = None) -> Upload:
-        """Publish the growing local file `bin_path` under `prefix`; see `Upload`.
+    def upload(self, prefix: str, size_bytes: int | None = None) -> Upload:
+        """Publish a `.bin` under `prefix` while it still grows; see `Upload`.
 
         `size_bytes`, when known, is what it will grow to.
         """
-        return Upload(self._objects, prefix, bin_path, size_bytes)
+        return Upload(self._objects, prefix, size_bytes)
 
     async def publish(self, prefix: str, bin_path: Path, index: bytes) -> CheckpointRef:
         """Publish a finished `.bin` and its `.idx`; as `Upload.publish`."""
-        async with self.upload(prefix, bin_path) as upload:
-            return await upload.publish(index)
+        async with self.upload(prefix, os.stat(bin_path).st_size) as upload:
+            return await upload.publish(bin_path, index)
+
+    async def check(self) -> None:
+        """Return if the store answers us. Raises StoreUnavailable, with the cure."""
+        async for _ in self._objects.list(""):
+            return
 
     async def delete(self, prefix: str) -> bool:
         """Remove the checkpoint, `.idx` first; whether there was one."""

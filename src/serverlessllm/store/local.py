@@ -34,9 +34,8 @@ class HeldFolder:
         fcntl.flock(self._fd, fcntl.LOCK_SH)
 
     def can_link(self, source: Path) -> bool:
-        """Whether `source` (or its folder, while it does not exist) is on our filesystem."""
-        place = source if source.exists() else source.parent
-        return place.stat().st_dev == os.fstat(self._fd).st_dev
+        """Whether files of `source`'s folder are on our filesystem."""
+        return source.parent.stat().st_dev == os.fstat(self._fd).st_dev
 
     def link(self, source: Path, name: str) -> None:
         """Make `source` appear as `name`, durably, in place of what a crash may have left."""

@@ -47,17 +47,14 @@ async def uninterrupted(work: Awaitable[T]) -> T:
 
 
 class Upload:
-    """`async with store.upload(prefix, bin_path) as upload:` then `advance`…, `publish`.
+    """`async with store.upload(prefix) as upload:` then `advance`, many times, and `publish`.
 
     Left without `publish`, by an error or a cancellation, it aborts: nothing stays in the store.
     """
 
-    def __init__(
-        self, objects: Objects, prefix: str, bin_path: Path, size_bytes: int | None = None
-    ) -> None:
+    def __init__(self, objects: Objects, prefix: str, size_bytes: int | None = None) -> None:
         self._objects = objects
         self._prefix = check_prefix(prefix)
-        self._bin_path = bin_path
         settings = objects.settings
         self._part_bytes = max(settings.part_bytes, -(-(size_bytes or 0) // PARTS_MAX))
         self._sent_bytes = 0
@@ -89,13 +86,15 @@ class Upload:
             if self._folder is not None:
                 await uninterrupted(asyncio.to_thread(self._folder.release))
 
-    async def advance(self, ready_bytes: int) -> None:
-        """Send what is final: the first `ready_bytes` of the file, as far as whole parts go."""
-        if not self._links():
-            whole = ready_bytes - ready_bytes % self._part_bytes
-            await self._send(whole)
+    async def advance(self, path: Path, ready_bytes: int) -> None:
+        """Send what is final: the first `ready_bytes` bytes of `path`, as far as whole parts go.
 
-    async def publish(self, index: bytes) -> CheckpointRef:
+        The file may be renamed afterwards, not replaced.
+        """
+        if not self._links(path):
+            await self._send(path, ready_bytes - ready_bytes % self._part_bytes)
+
+    async def publish(self, bin_path: Path, index: bytes) -> CheckpointRef:
         """Send the rest of the `.bin`, then create the `.idx`.
 
         Another publisher of the very same checkpoint is no error: its `.idx` is ours.
@@ -105,11 +104,12 @@ class Upload:
             CheckpointError: `index` is not valid, or is not of this `.bin`.
             OutOfSpace, StoreUnavailable: nothing was published.
         """
-        decoded = decode_index(index)
-        if decoded.size_bytes != self._bin_path.stat().st_size:
+        decoded = await asyncio.to_thread(decode_index, index)
+        found_bytes = os.stat(bin_path).st_size
+        if decoded.size_bytes != found_bytes:
             raise CheckpointError(
                 f"the index of {self._prefix} says {decoded.size_bytes} bytes, the .bin has "
-                f"{self._bin_path.stat().st_size}: convert it again"
+                f"{found_bytes}: convert it again"
             )
         ref = CheckpointRef(
             id=checkpoint_id(index), prefix=self._prefix, size_bytes=decoded.size_bytes
@@ -117,7 +117,7 @@ class Upload:
         if await self._is_published(index):
             return ref
         try:
-            await self._finish_bin(decoded.size_bytes)
+            await self._finish_bin(bin_path, decoded.size_bytes)
             if await self._is_published(index):
                 return ref
             try:
@@ -147,42 +147,45 @@ class Upload:
             "(`sllm rm`), or name another revision"
         )
 
-    def _links(self) -> bool:
-        return self._folder is not None and self._folder.can_link(self._bin_path)
+    def _links(self, path: Path) -> bool:
+        return self._folder is not None and self._folder.can_link(path)
 
-    async def _finish_bin(self, size_bytes: int) -> None:
-        if self._folder is not None and self._folder.can_link(self._bin_path):
-            await uninterrupted(asyncio.to_thread(self._folder.link, self._bin_path, BIN))
+    async def _finish_bin(self, path: Path, size_bytes: int) -> None:
+        if self._folder is not None and self._links(path):
+            await uninterrupted(asyncio.to_thread(self._folder.link, path, BIN))
             return
-        await self._send(size_bytes)
+        await self._send(path, size_bytes)
         if self._writer is not None:
             writer, self._writer = self._writer, None
             await uninterrupted(writer.close())
         if self._folder is not None:
             await uninterrupted(asyncio.to_thread(self._folder.sync, BIN))
 
-    async def _send(self, end: int) -> None:
+    async def _send(self, path: Path, end: int) -> None:
         """Stream the file from where we are up to `end`; memory: the parts in flight."""
-        settings = self._objects.settings
         try:
-            if self._file is None:
-                self._file = os.open(self._bin_path, os.O_RDONLY)
-            if self._writer is None:
-                self._writer = obstore.open_writer_async(
-                    self._objects.uploads,
-                    f"{self._prefix}/{BIN}",
-                    buffer_size=self._part_bytes,
-                    max_concurrency=settings.upload_concurrency,
-                )
             while self._sent_bytes < end:
+                file, writer = self._opened(path)
                 size = min(self._part_bytes, end - self._sent_bytes)
-                part = await asyncio.to_thread(os.pread, self._file, size, self._sent_bytes)
+                part = await asyncio.to_thread(os.pread, file, size, self._sent_bytes)
                 if not part:
                     raise CheckpointError(f"the .bin of {self._prefix} is shorter than it was")
-                await uninterrupted(self._writer.write(part))
+                await uninterrupted(writer.write(part))
                 self._sent_bytes += len(part)
         except (BaseError, OSError) as error:
             raise translate(error, self._objects.where) from None
+
+    def _opened(self, path: Path) -> tuple[int, obstore.AsyncWritableFile]:
+        if self._file is None:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if self._writer is None:
+            self._writer = obstore.open_writer_async(
+                self._objects.uploads,
+                f"{self._prefix}/{BIN}",
+                buffer_size=self._part_bytes,
+                max_concurrency=self._objects.settings.upload_concurrency,
+            )
+        return self._file, self._writer
 
     async def _abort(self) -> None:
         """Abort the unfinished upload; that the store cannot be told now is no new error."""
