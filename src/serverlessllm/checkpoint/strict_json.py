@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import json
+from typing import TypeVar
+
+import msgspec
 
 from serverlessllm.core.errors import CheckpointError
 
+T = TypeVar("T")
 
-def parse_json(data: bytes, what: str) -> object:
-    """Parse UTF-8 JSON; the caller has bounded its size.
+
+def parse_json(data: bytes, type_: type[T], what: str) -> T:
+    """Decode UTF-8 JSON of a known shape; the caller has bounded its size.
+
+    The typed decoder goes first, so that junk is refused before it becomes objects.
 
     Raises:
-        CheckpointError: not JSON, not UTF-8, nested too deep, NaN, or a key that occurs twice
-            (readers disagree on which one counts, so a digest of the text would prove nothing).
+        CheckpointError: not JSON, not of that shape, nested too deep, or a key occurs twice
+            (readers disagree on which one counts).
     """
+    parsed = decode_json(data, type_, what)
     try:
-        return json.loads(
-            data.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
-        )
+        json.loads(data, object_pairs_hook=_refuse_duplicates)
     except RecursionError:
         raise CheckpointError(f"{what}: the JSON is nested too deep") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, our own, huge integers
-        raise CheckpointError(f"{what}: not valid JSON: {error}"[:500]) from None
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    parsed = dict(pairs)
-    if len(parsed) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice[:100]!r} occurs twice in one object")
+    except ValueError as error:  # our own, or where json is stricter than msgspec
+        raise CheckpointError(f"{what}: {error}"[:500]) from None
     return parsed
 
 
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
+def decode_json(data: bytes, type_: type[T], what: str) -> T:
+    """Decode JSON whose keys have been checked already, as a part of something.
+
+    Raises:
+        CheckpointError: not of that shape.
+    """
+    try:
+        return msgspec.json.decode(data, type=type_)
+    except RecursionError:
+        raise CheckpointError(f"{what}: the JSON is nested too deep") from None
+    except ValueError as error:  # msgspec's own, or not UTF-8
+        raise CheckpointError(f"{what}: {error}"[:500]) from None
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> None:
+    """Builds nothing: `json` is only asked for its keys."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f"key {key[:100]!r} occurs twice in one object")
+        seen.add(key)

@@ -20,10 +20,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-WORDS = (
+_WORDS = (
     "the a model answers asks loads wakes sleeps cold warm hot store node agent token layer "
     "reads writes quick slow small big and or of to in is was not one two three four red blue"
-).split()  # noqa: SIM905 - a word a line reads worse
+)
+WORDS = _WORDS.split()
 
 _CONTROL = ("<unk>", "<s>", "</s>")
 _FIRST_WORD = len(_CONTROL) + 256

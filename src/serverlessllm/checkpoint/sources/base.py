@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+from blake3 import blake3
 
 from serverlessllm.core.errors import CheckpointError, SourceUnavailable
 
@@ -78,10 +79,30 @@ class MemoryFile(msgspec.Struct, frozen=True):
 
     @property
     def version(self) -> str:
-        return ""
+        return blake3(self.data).hexdigest()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.data[offset : offset + len(buffer)]
+
+
+def read_all(file: RawFile, size_bytes_max: int) -> bytes:
+    """A whole small file.
+
+    Raises:
+        CheckpointError: it is longer than `size_bytes_max`.
+    """
+    if file.size_bytes > size_bytes_max:
+        raise CheckpointError(
+            f"{file.name}: {file.size_bytes} bytes are more than {size_bytes_max}"
+        )
+    return read_at(file, 0, file.size_bytes)
+
+
+def read_at(file: RawFile, offset: int, size_bytes: int) -> bytes:
+    """A few bytes of a file; the caller has bounded `size_bytes`."""
+    data = bytearray(size_bytes)
+    file.read_into(offset, memoryview(data))
+    return bytes(data)
 
 
 class LocalFile(msgspec.Struct, frozen=True):

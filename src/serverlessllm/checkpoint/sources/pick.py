@@ -1,0 +1,117 @@
+"""Which files of a source are the model: decided from names alone, before any is fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import msgspec
+
+from serverlessllm.checkpoint.side_files import is_side_file
+from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
+
+SHARD_MAP = "model.safetensors.index.json"
+SPLIT_GGUF = (
+    "{} is a piece of a split GGUF: join the pieces with "
+    "`llama-gguf-split --merge FIRST-PIECE OUT.gguf` and use OUT.gguf"
+)
+
+_SHARD = re.compile(r"(?P<stem>[A-Za-z0-9][\w.-]{0,200}?)-(?P<number>\d{5})-of-(?P<count>\d{5})")
+_PICKLE = re.compile(r".*\.(?:bin|pt|pth|ckpt|pkl)", re.IGNORECASE)
+_NOT_A_MODEL = ("adapter_model", "mmproj", "optimizer", "scheduler")
+
+
+class Pick(msgspec.Struct, frozen=True, kw_only=True):
+    """The files to convert: `weights` in one `format`, and what goes with them."""
+
+    format: str
+    """`safetensors` or `gguf`."""
+    weights: tuple[str, ...]
+    shard_map: str | None = None
+    """Says which tensor is in which of several `weights`."""
+    side_files: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that has to be fetched."""
+        shard_map = (self.shard_map,) if self.shard_map else ()
+        return (*shard_map, *self.side_files, *self.weights)
+
+
+def pick(names: Iterable[str]) -> Pick:
+    """Choose among the files at the top of a source: safetensors, else the one GGUF.
+
+    Raises:
+        UnsupportedCheckpoint: only PyTorch pickles, or a GGUF in pieces; says the way out.
+        CheckpointError: no weights, or no way to tell which of several are meant.
+    """
+    present = sorted(names)
+    weights = [name for name in present if not name.startswith(_NOT_A_MODEL)]
+    safetensors = [name for name in weights if name.endswith(".safetensors")]
+    if safetensors:
+        return _pick_safetensors(safetensors, present)
+    ggufs = [name for name in weights if name.endswith(".gguf")]
+    if ggufs:
+        return _pick_gguf(ggufs)
+    if any(_PICKLE.fullmatch(name) for name in weights):
+        raise UnsupportedCheckpoint(
+            "only PyTorch pickles are here, which can run code when they are read, so they are "
+            "not (support without running them is planned): use a revision of the model that has "
+            ".safetensors files, or convert it with the `convert.py` of the safetensors project"
+        )
+    raise CheckpointError("no .safetensors and no .gguf file at the top of the source")
+
+
+def _pick_safetensors(files: list[str], present: list[str]) -> Pick:
+    shard_map = None
+    if "model.safetensors" in files:
+        weights = ["model.safetensors"]
+    elif SHARD_MAP in present:
+        shard_map = SHARD_MAP
+        weights = [name for name in files if _shard(name)]
+    elif len(files) == 1 and not _shard(files[0]):
+        weights = files
+    else:
+        weights = files
+        _check_all_shards(files)
+    return Pick(
+        format="safetensors",
+        weights=tuple(weights),
+        shard_map=shard_map,
+        side_files=tuple(filter(is_side_file, present)),
+    )
+
+
+def _pick_gguf(files: list[str]) -> Pick:
+    shard = _shard(files[0])
+    if shard and int(shard["count"]) > 1 and all(map(_shard, files)):
+        raise UnsupportedCheckpoint(SPLIT_GGUF.format(files[0]))
+    if len(files) > 1:
+        raise CheckpointError(
+            f"several GGUF files ({_listed(files)}): name one of them as the source"
+        )
+    return Pick(format="gguf", weights=(files[0],))
+
+
+def _check_all_shards(files: list[str]) -> None:
+    """Shards without a map are a model only if none is missing and none is of another set."""
+    shards = [_shard(name) for name in files]
+    sets = {(shard["stem"], int(shard["count"])) for shard in shards if shard}
+    if not all(shards) or len(sets) != 1:
+        raise CheckpointError(
+            f"several .safetensors files ({_listed(files)}) and no {SHARD_MAP}: it has to say "
+            "which tensors are in which"
+        )
+    count = sets.pop()[1]
+    missing = set(range(1, count + 1)) - {int(shard["number"]) for shard in shards if shard}
+    if missing:
+        raise CheckpointError(f"shard {min(missing)} of {count} is missing")
+
+
+def _shard(name: str) -> re.Match[str] | None:
+    return _SHARD.fullmatch(name.rpartition(".")[0])
+
+
+def _listed(files: list[str]) -> str:
+    more = f" and {len(files) - 8} more" if len(files) > 8 else ""
+    return ", ".join(file[:100] for file in files[:8]) + more
