@@ -66,6 +66,9 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     ready_path: str = "/health"
     """GET answers 200 when ready, anything else (or no connection) before."""
     ready_timeout_s: float = 120.0
+    tells_ready: bool = False
+    """The command writes a newline to the descriptor that `SLLM_READY_FD` names once it is
+    ready; else readiness can only be probed for."""
     idle_connection_s: float = 4.0
     """The server closes idle connections after this or later: pool expiry stays below."""
 
@@ -76,6 +79,9 @@ class BackendStats(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     queued: int = 0
     kv_hit_rate: float = 0.0
+    """Share of all prompt tokens so far that came from the KV cache, 0..1."""
+    progress: int | None = None
+    """A count that grows whenever the engine gets work done; None: the engine has none."""
 
 
 class Backend(Protocol):

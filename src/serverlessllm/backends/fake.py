@@ -1,0 +1,91 @@
+"""An engine without weights: deterministic tokens, times and faults as asked, real HTTP."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import msgspec
+
+from serverlessllm.backends.base import (
+    BackendStats,
+    Launch,
+    LaunchPlan,
+    Node,
+    Offer,
+    Refusal,
+)
+from serverlessllm.backends.options import parse_options
+from serverlessllm.checkpoint.index import Index
+from serverlessllm.core.ids import Address
+from serverlessllm.core.models import ModelSpec
+from serverlessllm.core.units import MIB
+
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `ModelSpec.options` may say for this backend."""
+
+    slots: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 4
+    """Requests answered at once; more wait."""
+    memory_bytes: _Count = 16 * MIB
+    """What it claims to take."""
+    start_s: _Seconds = 0.0
+    """From the process's start to ready."""
+    first_token_s: _Seconds = 0.0
+    """From a request's start to its first token."""
+    token_s: _Seconds = 0.0
+    """Between two tokens."""
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 16
+    """Length of an answer, where the request does not ask for less."""
+    fail_start: bool = False
+    """Exit with status 3 instead of becoming ready."""
+    crash_at_token: _Count | None = None
+    """Die by SIGKILL before the token of this number (0: before the first)."""
+    hang_at_token: _Count | None = None
+    """Stop the process (SIGSTOP) before the token of this number."""
+    nonsense_at_token: _Count | None = None
+    """Cut the connection in the middle of an event before the token of this number."""
+    flood_bytes: _Count = 0
+    """Print so much at each request."""
+
+
+class Fake:
+    """Serves a model whose spec names it: never chosen by itself."""
+
+    name = "fake"
+    stats_path = "/stats"
+
+    def installed(self) -> Refusal | None:
+        return None
+
+    def can_serve(self, spec: ModelSpec, index: Index | None, node: Node) -> Offer | Refusal:
+        del index, node
+        if spec.backend != self.name:
+            return Refusal(reason="makes its answers up: only for models that name it")
+        options = parse_options(spec.options, FakeOptions)
+        if isinstance(options, Refusal):
+            return options
+        return Offer(memory_bytes=options.memory_bytes, slots=options.slots)
+
+    def launch(self, launch: Launch) -> LaunchPlan:
+        options = parse_options(launch.spec.options, FakeOptions)
+        if isinstance(options, Refusal):
+            raise AssertionError("launch without can_serve")
+        address = Address(f"unix:{launch.run_dir / 'backend.sock'}")
+        return LaunchPlan(
+            command=fake_command(address, launch.spec.model, options),
+            address=address,
+            tells_ready=True,
+        )
+
+    def parse_stats(self, body: bytes) -> BackendStats:
+        return msgspec.json.decode(body, type=BackendStats)
+
+
+def fake_command(address: Address, model: str, options: FakeOptions) -> tuple[str, ...]:
+    """How to start the fake's server by hand, on `unix:/path` or `http://host:port`."""
+    asked = msgspec.json.encode(options).decode()
+    return (sys.executable, "-m", "serverlessllm.backends.inside.fake", address, model, asked)

@@ -1,0 +1,91 @@
+"""What a killed agent left running: found by a record on disk, ended without mistake.
+
+`PR_SET_PDEATHSIG` ends a backend with its agent; this is for what it does not reach (the
+children of a backend) and for the moment before it is set. Each backend leads a session of its
+own, and the kernel gives a session's number to nobody else while a member lives: so every
+process of the recorded session is the backend's, unless its leader started at another time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+RECORD = "process.json"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Enough to know a process again."""
+
+    pid: int
+    """Of the leader: also the number of its session and of its group."""
+    started_ticks: int
+    """Since boot, as in `/proc/<pid>/stat`."""
+    boot_id: str
+
+
+class _Stat(msgspec.Struct, frozen=True):
+    state: str
+    session: int
+    started_ticks: int
+
+
+def record_process(run_dir: Path, pid: int) -> None:
+    """Write down in its run directory who `pid` is."""
+    stat = _read_stat(pid)
+    record = ProcessRecord(
+        pid=pid, started_ticks=stat.started_ticks if stat else 0, boot_id=_boot_id()
+    )
+    (run_dir / RECORD).write_bytes(msgspec.json.encode(record))
+
+
+def kill_orphans(agent_run_dir: Path) -> tuple[int, ...]:
+    """End every recorded process and remove the run directories; the pids that were killed.
+
+    Only for the one agent that owns `agent_run_dir`, before it starts anything.
+    """
+    killed: list[int] = []
+    for run_dir in sorted(path for path in agent_run_dir.iterdir() if path.is_dir()):
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            record = msgspec.json.decode((run_dir / RECORD).read_bytes(), type=ProcessRecord)
+            killed += _kill_session(record)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return tuple(killed)
+
+
+def _kill_session(record: ProcessRecord) -> Iterator[int]:
+    leader = _read_stat(record.pid)
+    if record.boot_id != _boot_id():
+        return
+    if leader is not None and leader.started_ticks != record.started_ticks:
+        return
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        pid = int(entry.name)
+        stat = _read_stat(pid)
+        if stat is None or stat.session != record.pid or stat.state == "Z":
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            yield pid
+
+
+def _read_stat(pid: int) -> _Stat | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    return _Stat(fields[0], int(fields[3]), int(fields[19]))
+
+
+def _boot_id() -> str:
+    return _BOOT_ID.read_text().strip()
