@@ -5,9 +5,12 @@ Needs the `dev` extra (`gguf`, `numpy`), imported when a maker is called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from serverlessllm.checkpoint.sources.base import MemoryFile, RawCheckpoint
 
 if TYPE_CHECKING:
     import gguf
@@ -87,17 +90,20 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     import gguf
 
     kinds = gguf.TokenType
-    tokens = [*_CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), *(f"▁{w}" for w in WORDS)]
     types = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL]
     types += [kinds.BYTE] * 256 + [kinds.NORMAL] * len(WORDS)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
+    writer.add_token_list(_tokens())
     writer.add_token_scores([0.0] * _FIRST_WORD + [-float(i) for i in range(len(WORDS))])
     writer.add_token_types(types)
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _tokens() -> list[str]:
+    return [*_CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), *(f"▁{w}" for w in WORDS)]
 
 
 def _llama_tensors(layers: int, width: int) -> Iterator[tuple[str, Shape]]:
@@ -130,3 +136,181 @@ def _weight(random: np.random.Generator, name: str, shape: Shape) -> npt.NDArray
         weight *= np.float32(_LOGIT_SCALE)
         weight[:_FIRST_WORD] = 0
     return weight
+
+
+class RawTensorData(NamedTuple):
+    """A tensor as it goes into a safetensors file: its dtype by that format's name."""
+
+    dtype: str
+    shape: Shape
+    data: bytes
+
+
+def write_random_safetensors(
+    folder: Path,
+    *,
+    seed: int = 0,
+    shards: int = 1,
+    layers: int = 2,
+    width: int = 64,
+    dtype: str = "BF16",
+    tied: bool = False,
+) -> Path:
+    """Write a Hugging Face folder of a tiny random llama: config, tokenizer, safetensors.
+
+    `dtype` is `BF16`, `F16` or `F32`. `tied` leaves the head out and says so in the config.
+    With several `shards` the tensors are dealt out to them, and a map says which went where.
+    The same arguments give the same bytes.
+    """
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    tensors = {
+        hf_name: RawTensorData(dtype, shape, _encode(_weight(random, name, shape), dtype))
+        for name, shape in _llama_tensors(layers, width)
+        if (hf_name := _hf_name(name)) != "lm_head.weight" or not tied
+    }
+    _write_shards(folder, tensors, shards)
+    for name, content in _hf_files(layers, width, dtype, tied).items():
+        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return folder
+
+
+def safetensors_bytes(
+    tensors: Mapping[str, RawTensorData], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """One safetensors file, the tensors in the order given."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(data)]}
+        end += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = b"".join(tensor.data for tensor in tensors.values())
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def raw_checkpoint(files: Mapping[str, bytes]) -> RawCheckpoint:
+    """A source of `test/model` whose files are in memory."""
+    return RawCheckpoint(
+        files={name: MemoryFile(name, data) for name, data in files.items()},
+        model="test/model",
+        source="memory:test",
+        revision="r1",
+    )
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, RawTensorData], shards: int) -> None:
+    if shards == 1:
+        data = safetensors_bytes(tensors, {"format": "pt"})
+        (folder / "model.safetensors").write_bytes(data)
+        return
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(tensors.items())[shard::shards])
+        (folder / name).write_bytes(safetensors_bytes(part, {"format": "pt"}))
+        weight_map |= dict.fromkeys(part, name)
+    size = sum(len(tensor.data) for tensor in tensors.values())
+    shard_map = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(shard_map), encoding="utf-8")
+
+
+def _encode(weight: npt.NDArray[np.float32], dtype: str) -> bytes:
+    import numpy as np
+
+    match dtype:
+        case "F32":
+            return weight.tobytes()
+        case "F16":
+            return weight.astype(np.float16).tobytes()
+        case "BF16":
+            return (weight.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    raise ValueError(f"dtype {dtype!r}: give BF16, F16 or F32")
+
+
+_HF_PARTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_HF_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def _hf_name(name: str) -> str:
+    """llama.cpp's name of a tensor → Hugging Face's."""
+    if name in _HF_NAMES:
+        return _HF_NAMES[name]
+    _, layer, part, _ = name.split(".")
+    return f"model.layers.{layer}.{_HF_PARTS[part]}.weight"
+
+
+def _hf_files(layers: int, width: int, dtype: str, tied: bool) -> dict[str, object]:
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return {
+        "config.json": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": _HEADS,
+            "num_key_value_heads": _KV_HEADS,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": _VOCABULARY,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tie_word_embeddings": tied,
+            "torch_dtype": {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype],
+        },
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": 4096,
+            **special,
+        },
+        "tokenizer.json": {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": number, "content": token, "special": True, "single_word": False}
+                | {"lstrip": False, "rstrip": False, "normalized": False}
+                for number, token in enumerate(_CONTROL)
+            ],
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                ],
+            },
+            "model": {
+                "type": "BPE",
+                "unk_token": "<unk>",
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "vocab": {token: number for number, token in enumerate(_tokens())},
+                "merges": [],
+            },
+        },
+    }
