@@ -36,7 +36,7 @@ def convert(
         with progress_bar(source.name) as bar:
 
             def show(chunk: ChunkDone) -> None:
-                bar("converting", chunk.bytes_done, chunk.bytes_total)
+                bar("converting", chunk.offset + chunk.size_bytes, chunk.total_bytes)
 
             done = convert_raw(raw, destination, on_chunk=show)
     except SLLMError as error:

@@ -116,8 +116,8 @@ def show(value: object) -> str:
         return schema.AUTO
     if isinstance(value, str):
         scheme, separator, rest = value.partition("://")
-        host = rest.rpartition("@")[2] if "@" in rest.split("/")[0] else rest
-        return scheme + separator + host
+        host, slash, path = rest.partition("/")
+        return scheme + separator + host.rpartition("@")[2] + slash + path
     if isinstance(value, Mapping):
         value = {k: schema.HIDDEN if schema.is_secret(str(k)) else v for k, v in value.items()}
     return msgspec.json.encode(value, enc_hook=str).decode()
@@ -155,16 +155,13 @@ def _flatten(
     flat: dict[str, object] = {}
     for name, value in table.items():
         key = prefix + name
-        if isinstance(value, Mapping) and key not in known:
-            flat |= _flatten(value, known, key + ".") or {key: value}
-        else:
+        if not isinstance(value, Mapping) or key in known:
             flat[key] = value
-    # An empty section is no setting: `[loader]` alone says nothing.
-    return {
-        key: value
-        for key, value in flat.items()
-        if not (value == {} and any(other.startswith(key + ".") for other in known))
-    }
+        elif value:
+            flat |= _flatten(value, known, key + ".")
+        elif not any(other.startswith(key + ".") for other in known):
+            flat[key] = value  # an empty table that is no section either: to be refused
+    return flat
 
 
 def _read_environment(

@@ -31,6 +31,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     store_url: str | None = None
     """Where checkpoints are published: file:///folder, s3://bucket/folder, az://…, gs://….
     auto: the folder `store` in the data directory."""
+    metadata_url: str | None = None
+    """Where models, agents and jobs are registered: sqlite:///file. auto: `metadata.db` in the
+    data directory."""
 
     orchestrator: OrchestratorSettings = OrchestratorSettings()
     agent: AgentSettings = AgentSettings()
