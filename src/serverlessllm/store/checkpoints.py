@@ -7,16 +7,15 @@ and the next publisher of that prefix replaces it.
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 
 import msgspec
 
-from serverlessllm.checkpoint.index import checkpoint_id, decode_index
+from serverlessllm.checkpoint.index import BIN_NAME, IDX_NAME, checkpoint_id, decode_index
 from serverlessllm.core.errors import CheckpointError
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.store.errors import ObjectChanged, ObjectMissing
-from serverlessllm.store.layout import BIN, IDX, check_prefix
+from serverlessllm.store.layout import check_prefix
 from serverlessllm.store.objects import Objects
 from serverlessllm.store.upload import Upload
 
@@ -36,26 +35,29 @@ class Published(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CheckpointStore:
-    """What every other part asks of the store. One per process; safe for concurrent use."""
+    """What every other part asks of the store. One per process; safe for concurrent use.
+
+    `objects` is the store below, for who must see more than checkpoints.
+    """
 
     def __init__(self, objects: Objects) -> None:
-        self._objects = objects
+        self.objects = objects
         self._etags: dict[str, str | None] = {}
 
     @property
     def where(self) -> str:
         """The store's name for people: scheme and host, or the folder; never a secret."""
-        return self._objects.where
+        return self.objects.where
 
     @property
     def root(self) -> Path | None:
         """The store's directory when it is a folder of this machine."""
-        return self._objects.root
+        return self.objects.root
 
     async def head(self, prefix: str) -> Published | None:
         """Whether the checkpoint is there: one request."""
         try:
-            info = await self._objects.head(f"{check_prefix(prefix)}/{IDX}")
+            info = await self.objects.head(f"{check_prefix(prefix)}/{IDX_NAME}")
         except ObjectMissing:
             return None
         return Published(prefix=prefix, index_size_bytes=info.size_bytes, index_etag=info.etag)
@@ -67,15 +69,15 @@ class CheckpointStore:
             CheckpointMissing: there is none.
             CheckpointError: it is larger than `index_bytes_max`.
         """
-        path = f"{check_prefix(prefix)}/{IDX}"
+        path = f"{check_prefix(prefix)}/{IDX_NAME}"
         try:
-            info = await self._objects.head(path)
-            limit = self._objects.settings.index_bytes_max
+            info = await self.objects.head(path)
+            limit = self.objects.settings.index_bytes_max
             if info.size_bytes > limit:
                 raise CheckpointError(
                     f"the index of {prefix} is {info.size_bytes} bytes, over the limit of {limit}"
                 )
-            return bytes(await self._objects.read(path, 0, info.size_bytes, etag=info.etag))
+            return bytes(await self.objects.read(path, 0, info.size_bytes, etag=info.etag))
         except ObjectMissing:
             raise _missing(prefix) from None
 
@@ -98,11 +100,11 @@ class CheckpointStore:
             ObjectChanged: the `.bin` was replaced; start again (it is pinned anew).
             StoreUnavailable: every try failed.
         """
-        path = f"{check_prefix(prefix)}/{BIN}"
+        path = f"{check_prefix(prefix)}/{BIN_NAME}"
         try:
             if prefix not in self._etags:
-                self._pin(prefix, (await self._objects.head(path)).etag)
-            data = await self._objects.read(path, offset, size, etag=self._etags.get(prefix))
+                self._pin(prefix, (await self.objects.head(path)).etag)
+            data = await self.objects.read(path, offset, size, etag=self._etags.get(prefix))
             return memoryview(data)
         except ObjectMissing:
             raise _missing(prefix) from None
@@ -115,41 +117,42 @@ class CheckpointStore:
 
         `size_bytes`, when known, is what it will grow to.
         """
-        return Upload(self._objects, prefix, size_bytes)
+        return Upload(self.objects, prefix, size_bytes)
 
     async def publish(self, prefix: str, bin_path: Path, index: bytes) -> CheckpointRef:
         """Publish a finished `.bin` and its `.idx`; as `Upload.publish`."""
-        async with self.upload(prefix, os.stat(bin_path).st_size) as upload:
+        status = await asyncio.to_thread(bin_path.stat)
+        async with self.upload(prefix, status.st_size) as upload:
             return await upload.publish(bin_path, index)
 
     async def check(self) -> None:
         """Return if the store answers us. Raises StoreUnavailable, with the cure."""
-        async for _ in self._objects.list(""):
+        async for _ in self.objects.list(""):
             return
 
     async def delete(self, prefix: str) -> bool:
         """Remove the checkpoint, `.idx` first; whether there was one."""
         existed = await self.head(prefix) is not None
-        await self._objects.delete(f"{prefix}/{IDX}")
-        await self._objects.delete(f"{prefix}/{BIN}")
+        await self.objects.delete(f"{prefix}/{IDX_NAME}")
+        await self.objects.delete(f"{prefix}/{BIN_NAME}")
         self._etags.pop(prefix, None)
         return existed
 
     async def list(self) -> tuple[Published, ...]:
         """Every published checkpoint, by prefix; at most `list_max`."""
         found: list[Published] = []
-        async for info in self._objects.list(""):
+        async for info in self.objects.list(""):
             prefix, _, name = info.path.rpartition("/")
-            if name == IDX and prefix:
+            if name == IDX_NAME and prefix:
                 found.append(
                     Published(prefix=prefix, index_size_bytes=info.size_bytes, index_etag=info.etag)
                 )
-                if len(found) >= self._objects.settings.list_max:
+                if len(found) >= self.objects.settings.list_max:
                     break
         return tuple(sorted(found, key=lambda published: published.prefix))
 
     def _pin(self, prefix: str, etag: str | None) -> None:
-        while len(self._etags) >= self._objects.settings.pinned_etags_max:
+        while len(self._etags) >= self.objects.settings.pinned_etags_max:
             del self._etags[next(iter(self._etags))]
         self._etags[prefix] = etag
 

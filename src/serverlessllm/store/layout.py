@@ -7,9 +7,6 @@ import re
 from serverlessllm.core.errors import InvalidRequest
 from serverlessllm.core.ids import ModelId, model_name
 
-BIN = "model.bin"
-IDX = "model.idx"
-
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){1,2}")
 
 

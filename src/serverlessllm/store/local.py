@@ -11,7 +11,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from serverlessllm.store.layout import BIN, IDX
+from serverlessllm.checkpoint.index import BIN_NAME, IDX_NAME
 
 STAGED = "*#*"
 """How the object store, and we, name a file that is not published yet."""
@@ -59,8 +59,8 @@ class HeldFolder:
         """Drop the lock; where nothing was published, leave nothing either."""
         try:
             if self._alone():
-                if not (self._path / IDX).exists():
-                    (self._path / BIN).unlink(missing_ok=True)
+                if not (self._path / IDX_NAME).exists():
+                    (self._path / BIN_NAME).unlink(missing_ok=True)
                 for folder in (self._path, *self._path.parents):
                     if folder == self._root:
                         break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -15,8 +16,8 @@ from obstore.exceptions import BaseError
 from obstore.store import ObjectStore
 
 from serverlessllm.core.clock import Clock
-from serverlessllm.core.errors import StoreUnavailable
-from serverlessllm.store.errors import ObjectChanged, is_retryable, translate
+from serverlessllm.core.errors import CheckpointError, StoreUnavailable
+from serverlessllm.store.errors import ObjectChanged, ObjectMissing, is_retryable, translate
 from serverlessllm.store.settings import StoreSettings
 
 T = TypeVar("T")
@@ -67,6 +68,7 @@ class Objects:
         Raises:
             ObjectMissing: it is gone.
             ObjectChanged: it is another one now.
+            CheckpointError: it ends before `offset + size`.
             StoreUnavailable: every try failed, came short, or was too slow.
         """
         if size == 0:
@@ -83,7 +85,8 @@ class Objects:
 
     async def delete(self, path: str) -> None:
         """Remove the object; a missing one is fine."""
-        await self._retry(lambda: obstore.delete_async(self._client, path))
+        with contextlib.suppress(ObjectMissing):
+            await self._retry(lambda: obstore.delete_async(self._client, path))
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """Every object under the folder `prefix` (`""`: all)."""
@@ -101,11 +104,16 @@ class Objects:
         answer = await obstore.get_async(self._client, path, options=options)
         if etag is not None and answer.meta["e_tag"] != etag:  # a server that ignores If-Match
             raise ObjectChanged(f"an object of the store {self.where} changed while it was read")
+        if offset + size > answer.meta["size"]:
+            raise CheckpointError(
+                f"an object of the store {self.where} has {answer.meta['size']} bytes, but "
+                f"{offset + size} are needed: it is truncated"
+            )
         data = await answer.buffer_async()
         if len(data) != size:
             raise StoreUnavailable(
-                f"the store {self.where} sent {len(data)} bytes instead of {size}: "
-                "the object is shorter than its index says, or a proxy cuts bodies"
+                f"the store {self.where} sent {len(data)} bytes instead of {size}: check for a "
+                "proxy that cuts bodies"
             )
         return data
 

@@ -12,11 +12,11 @@ from typing import Self, TypeVar
 import obstore
 from obstore.exceptions import BaseError
 
-from serverlessllm.checkpoint.index import checkpoint_id, decode_index
+from serverlessllm.checkpoint.index import BIN_NAME, IDX_NAME, checkpoint_id, decode_index
 from serverlessllm.core.errors import CheckpointError, Conflict
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.store.errors import ObjectExists, ObjectMissing, translate
-from serverlessllm.store.layout import BIN, IDX, check_prefix
+from serverlessllm.store.layout import check_prefix
 from serverlessllm.store.local import HeldFolder
 from serverlessllm.store.objects import Objects
 
@@ -105,7 +105,7 @@ class Upload:
             OutOfSpace, StoreUnavailable: nothing was published.
         """
         decoded = await asyncio.to_thread(decode_index, index)
-        found_bytes = os.stat(bin_path).st_size
+        found_bytes = (await asyncio.to_thread(bin_path.stat)).st_size
         if decoded.size_bytes != found_bytes:
             raise CheckpointError(
                 f"the index of {self._prefix} says {decoded.size_bytes} bytes, the .bin has "
@@ -121,19 +121,19 @@ class Upload:
             if await self._is_published(index):
                 return ref
             try:
-                await self._objects.put_new(f"{self._prefix}/{IDX}", index)
+                await self._objects.put_new(f"{self._prefix}/{IDX_NAME}", index)
             except ObjectExists:
                 await self._is_published(index)
                 return ref
             if self._folder is not None:
-                await uninterrupted(asyncio.to_thread(self._folder.sync, IDX))
+                await uninterrupted(asyncio.to_thread(self._folder.sync, IDX_NAME))
         except (BaseError, OSError) as error:
             raise translate(error, self._objects.where) from None
         return ref
 
     async def _is_published(self, index: bytes) -> bool:
         """Whether the prefix already holds `index`. Raises Conflict when it holds another."""
-        path = f"{self._prefix}/{IDX}"
+        path = f"{self._prefix}/{IDX_NAME}"
         try:
             info = await self._objects.head(path)
             if info.size_bytes == len(index) and index == await self._objects.read(
@@ -152,14 +152,14 @@ class Upload:
 
     async def _finish_bin(self, path: Path, size_bytes: int) -> None:
         if self._folder is not None and self._links(path):
-            await uninterrupted(asyncio.to_thread(self._folder.link, path, BIN))
+            await uninterrupted(asyncio.to_thread(self._folder.link, path, BIN_NAME))
             return
         await self._send(path, size_bytes)
         if self._writer is not None:
             writer, self._writer = self._writer, None
             await uninterrupted(writer.close())
         if self._folder is not None:
-            await uninterrupted(asyncio.to_thread(self._folder.sync, BIN))
+            await uninterrupted(asyncio.to_thread(self._folder.sync, BIN_NAME))
 
     async def _send(self, path: Path, end: int) -> None:
         """Stream the file from where we are up to `end`; memory: the parts in flight."""
@@ -181,7 +181,7 @@ class Upload:
         if self._writer is None:
             self._writer = obstore.open_writer_async(
                 self._objects.uploads,
-                f"{self._prefix}/{BIN}",
+                f"{self._prefix}/{BIN_NAME}",
                 buffer_size=self._part_bytes,
                 max_concurrency=self._objects.settings.upload_concurrency,
             )

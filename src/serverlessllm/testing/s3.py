@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
 
 from serverlessllm.store.settings import StoreSettings
 
@@ -30,6 +33,7 @@ class S3Server(msgspec.Struct, frozen=True, kw_only=True):
     """A running service."""
 
     endpoint: str
+    filer: str
     bucket: str
     access_key: str = "test-key"
     secret_key: str = "test-secret"  # noqa: S105 - a test's own
@@ -52,6 +56,20 @@ class S3Server(msgspec.Struct, frozen=True, kw_only=True):
             },
         )
 
+    def open_uploads(self) -> list[str]:
+        """Multipart uploads that were neither completed nor aborted."""
+        url = f"{self.filer}/buckets/{self.bucket}/.uploads/"
+        request = urllib.request.Request(url, headers={"accept": "application/json"})  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 - our own
+                entries = json.load(answer)["Entries"] or []
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 404:
+                return []
+            raise
+        return [entry["FullPath"] for entry in entries]
+
 
 @contextlib.contextmanager
 def s3_server(folder: Path, bucket: str = "models") -> Iterator[S3Server]:
@@ -61,7 +79,11 @@ def s3_server(folder: Path, bucket: str = "models") -> Iterator[S3Server]:
         RuntimeError: it is not installed, or was not ready in time; carries its log's end.
     """
     ports = _free_ports(5)
-    server = S3Server(endpoint=f"http://127.0.0.1:{ports[0]}", bucket=bucket)
+    server = S3Server(
+        endpoint=f"http://127.0.0.1:{ports[0]}",
+        filer=f"http://127.0.0.1:{ports[3]}",
+        bucket=bucket,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     names = ("s3", "master", "volume", "filer", "admin")
     command = [
@@ -106,20 +128,24 @@ def _program() -> str:
 
 
 def _wait_ready(process: subprocess.Popen[bytes], server: S3Server, log_path: Path) -> None:
-    """Return when the bucket answers (403 to a request without a signature)."""
+    """Return when the bucket is there: it appears a little after the port answers."""
+    store = S3Store(
+        server.bucket,
+        endpoint=server.endpoint,
+        region="us-east-1",
+        access_key_id=server.access_key,
+        secret_access_key=server.secret_key,
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 0},
+    )
     give_up_s = time.monotonic() + _READY_S_MAX
     while time.monotonic() < give_up_s and process.poll() is None:
         try:
-            probe = f"{server.endpoint}/{server.bucket}"
-            with urllib.request.urlopen(probe, timeout=1):  # noqa: S310 - http, our own server
-                return
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 403:
-                return
-        except OSError:
-            pass
-        time.sleep(_PROBE_S)
+            store.list().collect()
+        except (BaseError, OSError):
+            time.sleep(_PROBE_S)
+        else:
+            return
     tail = log_path.read_text(errors="replace")[-2000:]
     raise RuntimeError(f"SeaweedFS was not ready in {_READY_S_MAX:.0f} s:\n{tail}")
 
