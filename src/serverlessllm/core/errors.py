@@ -206,6 +206,12 @@ class MetadataUnavailable(Unavailable):
     code = "metadata_unavailable"
 
 
+class UnreadableRecord(Unavailable):
+    """A record in the metadata store is damaged, or a newer version of this program wrote it."""
+
+    code = "unreadable_record"
+
+
 class StoreUnavailable(Unavailable):
     """The checkpoint store does not answer."""
 

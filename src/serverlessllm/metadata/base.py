@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NewType, Protocol
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
 LeaseId = NewType("LeaseId", str)
 Revision = NewType("Revision", int)
@@ -73,6 +73,9 @@ class Metadata(Protocol):
     ) -> Revision:
         """Write; with `expect_revision`, only if the key is at that revision (ABSENT: missing).
 
+        The key is bound to `lease` from now on, and to no lease when none is given, whatever it
+        was bound to before.
+
         Raises:
             RevisionMismatch: somebody else changed the key.
             LeaseLost: `lease` is no longer alive.
@@ -80,19 +83,34 @@ class Metadata(Protocol):
         ...
 
     async def delete(self, key: str, *, expect_revision: Revision | None = None) -> bool:
-        """Remove the key; whether it existed."""
+        """Remove the key; whether it existed.
+
+        Raises:
+            RevisionMismatch: the key is not at `expect_revision` (nor is it missing: that is
+                False).
+        """
         ...
 
-    def watch(self, prefix: str, from_revision: Revision) -> AsyncIterator[Change]:
-        """Every change under `prefix` after `from_revision`, in order, for as long as iterated."""
+    def watch(self, prefix: str, from_revision: Revision) -> AsyncGenerator[Change, None]:
+        """Every change under `prefix` after `from_revision`, in order, for as long as iterated.
+
+        Close it (`contextlib.aclosing`) when done. It ends only by raising `MetadataUnavailable`.
+        """
         ...
 
-    async def lease(self, ttl_s: float) -> LeaseId: ...
+    async def lease(self, ttl_s: float) -> LeaseId:
+        """A new lease, which runs out `ttl_s` seconds after its last `keep_alive`."""
+        ...
 
     async def keep_alive(self, lease: LeaseId) -> None:
         """Start the lease's time again. Raises LeaseLost when it has run out."""
         ...
 
-    async def revoke(self, lease: LeaseId) -> None: ...
+    async def revoke(self, lease: LeaseId) -> None:
+        """End the lease and delete its keys, now; harmless when it is gone already."""
+        ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Give everything back; leases run out by themselves. Later calls, and watches that still
+        run, raise `MetadataUnavailable`. Harmless when closed already."""
+        ...
