@@ -27,7 +27,6 @@ def agent(
     allow_remote: AllowRemote = None,
 ) -> None:
     """Run models on this machine for orchestrators."""
-    from serverlessllm import bootstrap
     from serverlessllm.cli import server
 
     loaded = options.settings(
@@ -38,4 +37,6 @@ def agent(
         agent__listen=listen,
         orchestrator__allow_public_without_key=allow_remote or None,
     )
+    from serverlessllm import bootstrap
+
     server.run(loaded, bootstrap.serve_agent)

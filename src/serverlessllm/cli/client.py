@@ -36,12 +36,15 @@ class Client:
     """One server; a connection per call (a verb makes few)."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            self._host, self._port = parts.hostname, parts.port
+        except ValueError:  # a port that is none
+            parts = urlsplit("")
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise Failure(f"--url {url}: write http://host:port", exit_status=2)
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname, parts.port
         self._headers = {"User-Agent": f"sllm/{__version__}", "Accept": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -85,6 +88,7 @@ class Client:
     @contextmanager
     def _ask(self, method: str, path: str, body: object) -> Iterator[http.client.HTTPResponse]:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        assert self._host is not None
         connection = kind(self._host, self._port, timeout=_CONNECT_TIMEOUT_S)
         data = None if body is None else msgspec.json.encode(body)
         headers = self._headers | ({"Content-Type": "application/json"} if data else {})

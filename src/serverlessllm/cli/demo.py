@@ -11,9 +11,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-import msgspec
 import typer
 
 from serverlessllm.cli.failure import Failure
@@ -30,7 +29,7 @@ _ANSWER_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 20.0
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class Answer(NamedTuple):
     """One chat as its client saw it."""
 
     text: str

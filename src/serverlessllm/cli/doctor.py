@@ -7,9 +7,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
 import typer
 
 from serverlessllm.cli import options
@@ -28,7 +27,7 @@ class Health(StrEnum):
     """`sllm serve` will not work."""
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
+class Finding(NamedTuple):
     """One thing that was looked at."""
 
     name: str
@@ -54,7 +53,7 @@ def doctor(
         if not json:
             _print(finding)
     if json:
-        print_json(findings)
+        print_json([finding._asdict() for finding in findings])
     if any(finding.health is Health.BAD for finding in findings):
         raise typer.Exit(1)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-import msgspec
 import typer
 
 from serverlessllm.cli import options
@@ -24,7 +23,7 @@ Checkpoint = Annotated[
 ]
 
 
-class LocalCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+class LocalCheckpoint(NamedTuple):
     """Both files of one checkpoint; the index decoded."""
 
     id: CheckpointId

@@ -86,7 +86,7 @@ app.add_typer(config_check.app, name="config")
 def main() -> None:
     """Run the verb; an expected failure is one line and its cure, never a traceback."""
     try:
-        app()
+        app(prog_name="sllm")
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         if failure.cure:

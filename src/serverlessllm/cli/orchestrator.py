@@ -15,8 +15,9 @@ def orchestrator(
     allow_remote: AllowRemote = None,
 ) -> None:
     """Serve OpenAI clients; agents are other processes."""
-    from serverlessllm import bootstrap
     from serverlessllm.cli import server
 
     loaded = server.settings(host, port, data_dir, config, overrides, allow_remote)
+    from serverlessllm import bootstrap
+
     server.run(loaded, bootstrap.serve_orchestrator)

@@ -28,14 +28,14 @@ def run(
     """Ask a model, or chat with it."""
     from serverlessllm.cli.client import connect
 
-    client = connect(url)
-    _prepare(client, model)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     text = " ".join(prompt or ())
     if not text and not sys.stdin.isatty():
         text = sys.stdin.read().strip()
         if not text:
             raise Failure("run: the prompt on standard input is empty", exit_status=2)
+    client = connect(url)
+    _prepare(client, model)
     if text:
         _answer(client, model, [*messages, {"role": "user", "content": text}], max_tokens)
         return

@@ -33,8 +33,9 @@ def serve(
     allow_remote: AllowRemote = None,
 ) -> None:
     """Serve OpenAI clients: everything in one process."""
-    from serverlessllm import bootstrap
     from serverlessllm.cli import server
 
     loaded = server.settings(host, port, data_dir, config, overrides, allow_remote)
+    from serverlessllm import bootstrap
+
     server.run(loaded, bootstrap.serve)
