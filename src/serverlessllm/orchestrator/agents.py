@@ -55,7 +55,7 @@ class AgentClient:
                 self._upstreams.send(address, "POST", "/load", self._headers, body) as response,
             ):
                 if response.status != _OK:
-                    raise await _refusal(response)
+                    raise await refusal(response)
                 async for line in response.lines():
                     silence.reschedule(asyncio.get_running_loop().time() + silence_s)
                     event = _decoded(line)
@@ -80,7 +80,7 @@ class AgentClient:
                 address, "POST", "/unload", self._headers, body, timeout_s=timeout_s
             ) as response:
                 if response.status >= 300:
-                    raise await _refusal(response)
+                    raise await refusal(response)
                 await response.read()
 
 
@@ -95,7 +95,7 @@ def _gone() -> Iterator[None]:
         raise BackendProtocolError("the agent's answer is not its protocol") from error
 
 
-async def _refusal(response: Response) -> SLLMError:
+async def refusal(response: Response) -> SLLMError:
     """The error that an agent answered with."""
     try:
         fields = _errors.decode(await response.read()).error

@@ -9,7 +9,7 @@ import msgspec
 
 from serverlessllm.core.agentapi import LoadEvent, LoadRequest
 from serverlessllm.core.clock import Clock
-from serverlessllm.core.cluster import JobRecord, JobStage
+from serverlessllm.core.cluster import CacheLevel, JobRecord, JobStage
 from serverlessllm.core.errors import (
     BackendDied,
     ModelNotFound,
@@ -21,7 +21,8 @@ from serverlessllm.core.models import ModelRecord, ModelSpec
 from serverlessllm.orchestrator.coldstart import Fleet, Loaded
 from serverlessllm.orchestrator.seams import Ingests
 from serverlessllm.orchestrator.settings import OrchestratorSettings
-from serverlessllm.orchestrator.view import ClusterView, is_ready, names_like
+from serverlessllm.orchestrator.view import ClusterView, names_like, ready_agents
+from serverlessllm.telemetry.table import SCHEDULE_DECISIONS, SCHEDULE_ERROR_SECONDS
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +31,8 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
     agent: AgentId
     epoch: Epoch
     address: Address
+    cache_level: CacheLevel
+    """Where the model's bytes lay there when it was chosen."""
     predicted_s: float
 
 
@@ -92,7 +95,7 @@ class Loads:
         started_s = self._clock.now_s()
         record = await self.checkpointed(model, publish)
         ingest_s = self._clock.now_s() - started_s
-        avoid = self._ready_on(model) if elsewhere else frozenset[AgentId]()
+        avoid = ready_agents(self._view, model) if elsewhere else frozenset[AgentId]()
         gone: set[tuple[AgentId, Epoch]] = set()
         refused: set[AgentId] = set(avoid)
         error: SLLMError | None = None
@@ -116,7 +119,7 @@ class Loads:
                 error = refusal
             else:
                 self._view.became_ready(placed.agent, model)
-                return Loaded(
+                loaded = Loaded(
                     agent=placed.agent,
                     predicted_s=placed.predicted_s,
                     place_s=chosen_s - searched_s,
@@ -124,6 +127,9 @@ class Loads:
                     load_s=self._clock.now_s() - chosen_s,
                     hops=ready.hops,
                 )
+                SCHEDULE_DECISIONS.inc(placed.cache_level.tier)
+                note_schedule_error(loaded.predicted_s, loaded.load_s)
+                return loaded
         if error is None or isinstance(error, AgentGone):
             raise NoCapacity(f"no agent can take {model} now", retry_after_s=1.0)
         raise error
@@ -168,12 +174,11 @@ class Loads:
             publish(LoadEvent(state="queued", stage="no agent"))
             await self._view.changed(version, self._clock, left_s)
 
-    def _ready_on(self, model: ModelId) -> frozenset[AgentId]:
-        return frozenset(
-            seen.agent
-            for seen in self._view.agents.values()
-            if (on := seen.models.get(model)) is not None and is_ready(on)
-        )
+
+def note_schedule_error(predicted_s: float, actual_s: float) -> None:
+    """How far off the scheduler's time to the first token was."""
+    late_s = actual_s - predicted_s
+    SCHEDULE_ERROR_SECONDS.observe(abs(late_s), "late" if late_s > 0 else "early")
 
 
 def on_demand_spec(model: ModelId, settings: OrchestratorSettings, view: ClusterView) -> ModelSpec:

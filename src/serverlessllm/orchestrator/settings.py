@@ -14,6 +14,8 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where clients are served."""
     api_key_sha256: tuple[str, ...] = ()
     """Hex SHA-256 of each accepted API key; empty: no key is asked for."""
+    allow_public_without_key: bool = False
+    """Serve an address that other machines reach although there is no API key."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that a `Host` header may carry beside IP addresses and `localhost`."""
     on_demand_sources: tuple[str, ...] = ("hf",)
@@ -61,6 +63,10 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The longest pause before the metadata store is tried again."""
     agent_silent_s: float = 3.0
     """A heartbeat older than this makes its agent suspect."""
+    agent_probe_after_s: float = 2.0
+    """A heartbeat older than this makes us ask the agent itself, while it has requests of ours."""
+    agent_probe_s_max: float = 1.0
+    """How long it may take to answer then, before its requests are taken away."""
 
     models_list_max: int = 1000
     """Rows of one listing."""

@@ -23,12 +23,14 @@ from serverlessllm.orchestrator.waits import settled
 class AgentSeen:
     """One agent: its last record, and what is known of its health here."""
 
-    __slots__ = ("address", "agent", "failed", "models", "record", "revision", "seen_s")
+    __slots__ = ("address", "agent", "failed", "models", "record", "reported", "revision", "seen_s")
 
     def __init__(self, record: AgentRecord, revision: int, seen_s: float) -> None:
         self.agent: AgentId = record.agent
         self.address: Address = record.address
         self.record = record
+        """With what our own requests noted since."""
+        self.reported = record
         self.revision = revision
         self.seen_s = seen_s
         """When the record arrived, on this process's monotonic clock."""
@@ -81,14 +83,17 @@ class ClusterView:
             self._touch()
 
     def put_agent(self, record: AgentRecord, revision: int, now_s: float) -> None:
-        """A heartbeat; one that is not new says nothing about the agent's being alive."""
+        """A heartbeat has come."""
         known = self.agents.get(record.agent)
-        if known is not None and record.epoch == known.record.epoch and revision == known.revision:
-            return
-        if known is not None and record.epoch < known.record.epoch:
-            return
-        self.agents[record.agent] = AgentSeen(record, revision, now_s)
-        self._touch()
+        if known is None or record.epoch >= known.record.epoch:
+            self.agents[record.agent] = AgentSeen(record, revision, now_s)
+            self._touch()
+
+    def list_agent(self, record: AgentRecord, revision: int, now_s: float) -> None:
+        """A list has it: no sign of life if it is what the last heartbeat said."""
+        known = self.agents.get(record.agent)
+        if known is None or known.reported != record:
+            self.put_agent(record, revision, now_s)
 
     def drop_agent(self, agent: AgentId) -> None:
         if self.agents.pop(agent, None) is not None:
@@ -146,6 +151,8 @@ class ClusterView:
         if known.cache_level is level and known.state is state:
             return
         seen.models[model] = msgspec.structs.replace(known, cache_level=level, state=state)
+        models = tuple(seen.models.values())
+        seen.record = msgspec.structs.replace(seen.record, models=models)
         self._touch()
 
     def _learn_names(self, record: ModelRecord) -> None:
@@ -167,6 +174,15 @@ class ClusterView:
 def is_ready(on: ModelOnAgent) -> bool:
     """Whether requests can be sent there now."""
     return on.state is InstanceState.READY
+
+
+def ready_agents(view: ClusterView, model: ModelId) -> frozenset[AgentId]:
+    """The agents with a ready instance of `model`."""
+    return frozenset(
+        seen.agent
+        for seen in view.agents.values()
+        if (on := seen.models.get(model)) is not None and is_ready(on)
+    )
 
 
 def names_like(names: Mapping[str, ModelId], wanted: str, limit: int) -> list[str]:

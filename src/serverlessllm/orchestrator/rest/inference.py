@@ -1,0 +1,284 @@
+"""`/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`: lease, relay, retry, wait."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Collection
+
+from serverlessllm.core.agentapi import (
+    KEEP_ALIVE_HEADER,
+    MODEL_HEADER,
+    REFUSED_HEADER,
+    TOKEN_HEADER,
+)
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.errors import BackendDied, ModelNotReady, NoCapacity, SLLMError
+from serverlessllm.core.ids import AgentId, ModelId
+from serverlessllm.edge.relay import relay
+from serverlessllm.edge.server import Request
+from serverlessllm.edge.upstream import Response, UpstreamBusy, UpstreamError, Upstreams
+from serverlessllm.openai.request import ParsedRequest, check_content_type
+from serverlessllm.openai.settings import RequestLimits
+from serverlessllm.openai.sse import EVENT_STREAM_HEADERS, comment, error_event
+from serverlessllm.orchestrator.agents import refusal
+from serverlessllm.orchestrator.coldstart import Loaded, Waiter, WaitingRoom
+from serverlessllm.orchestrator.loads import note_schedule_error, on_demand_spec
+from serverlessllm.orchestrator.rest.loading import StillLoading, wait_budget_s
+from serverlessllm.orchestrator.router import Lease, Router
+from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.timing import Timing
+from serverlessllm.orchestrator.view import ClusterView, ready_agents
+from serverlessllm.telemetry.table import REQUEST_RETRIES, TTFT_SECONDS
+
+Parse = Callable[[bytes, RequestLimits], ParsedRequest]
+
+_OK = 200
+WAIT_HEADER = "x-sllm-wait"
+"""Seconds that the client will wait for a cold model; 0: answer at once."""
+_DIED = BackendDied("the model's server went away during the answer; send the request again")
+_DIED_EVENT = error_event(_DIED)
+
+
+class _Call:
+    """One client request on its way."""
+
+    __slots__ = (
+        "body", "error", "gone", "model", "parsed", "refused", "request", "retrying", "status",
+        "timing", "tries",
+    )  # fmt: skip
+
+    def __init__(
+        self, request: Request, parsed: ParsedRequest, model: ModelId, body: bytes
+    ) -> None:
+        self.request = request
+        self.parsed = parsed
+        self.model = model
+        self.body = body
+        self.status = 0
+        """Of the agent's answer, once it is being relayed."""
+        self.gone: set[AgentId] | None = None
+        """Agents that did not answer."""
+        self.refused: set[AgentId] | None = None
+        """Agents that are ready and did not take it."""
+        self.error: SLLMError | None = None
+        """Of the last try."""
+        self.timing = Timing()
+        request.state = self.timing
+        self.tries = 0
+        self.retrying = False
+
+    @property
+    def avoid(self) -> Collection[AgentId]:
+        return (self.gone or set()) | (self.refused or set()) if self.error is not None else ()
+
+
+class Inference:
+    """The hot path. Its only state: how many requests are being tried again."""
+
+    def __init__(
+        self,
+        settings: OrchestratorSettings,
+        *,
+        limits: RequestLimits,
+        view: ClusterView,
+        router: Router,
+        room: WaitingRoom,
+        upstreams: Upstreams,
+        clock: Clock,
+        token: str,
+    ) -> None:
+        self._settings = settings
+        self._limits = limits
+        self._view = view
+        self._router = router
+        self._room = room
+        self._upstreams = upstreams
+        self._clock = clock
+        self._fixed_head = (
+            f"content-type: application/json\r\n{TOKEN_HEADER}: {token}\r\n{MODEL_HEADER}: "
+        ).encode()
+        self._retrying = 0
+
+    async def answer(self, request: Request, parse: Parse) -> tuple[ModelId, int]:
+        """Serve one request to its end; the model's canonical name and the answer's status.
+
+        Raises:
+            SLLMError: nothing was answered, or only comments were (`request.started`).
+        """
+        check_content_type(request.headers.get("content-type"))
+        body = await request.body()
+        parsed = parse(body, self._limits)
+        model = self._view.names.get(parsed.model)
+        if model is None:
+            model = on_demand_spec(parsed.model, self._settings, self._view).model
+        call = _Call(request, parsed, model, body)
+        try:
+            while not await self._attempt(call):
+                await self._before_retry(call)
+        finally:
+            self._end_retry(call)
+        return model, call.status
+
+    async def _attempt(self, call: _Call) -> bool:
+        """Ask one agent; whether the client has its answer."""
+        chosen_s = self._clock.now_s()
+        lease = self._router.lease(call.model, call.avoid)
+        if lease is None:
+            lease = await self._lease_cold(call)
+        else:
+            call.timing.place_s = self._clock.now_s() - chosen_s
+            if lease.scale_out:
+                self._room.hold(call.model, elsewhere=True)
+        with lease:
+            try:
+                return await self._forward(call, lease)
+            except asyncio.CancelledError:
+                if not lease.lost or _still_cancelled():
+                    raise
+                return self._lost(call, lease, _DIED)
+
+    async def _forward(self, call: _Call, lease: Lease) -> bool:
+        call.timing.sent_s = self._clock.now_s()
+        try:
+            async with self._upstreams.send(
+                lease.address, "POST", call.request.path, self._head(call), call.body
+            ) as response:
+                if response.headers.get(REFUSED_HEADER) is not None:
+                    await self._note_refusal(call, lease, response)
+                    return False
+                await self._pass_on(call, lease, response)
+                return True
+        except UpstreamBusy as error:
+            call.error = error
+            call.refused = {lease.agent, *(call.refused or ())}
+            return False
+        except UpstreamError as error:
+            return self._lost(call, lease, error)
+
+    def _lost(self, call: _Call, lease: Lease, error: SLLMError) -> bool:
+        """The agent went away; whether that was in the middle of the client's answer."""
+        self._view.failed(lease.agent)
+        call.error = error
+        call.gone = {lease.agent, *(call.gone or ())}
+        return call.request.finished
+
+    async def _pass_on(self, call: _Call, lease: Lease, response: Response) -> None:
+        request, timing = call.request, call.timing
+        call.status = response.status
+        self._end_retry(call)
+        if request.started and response.status != _OK:
+            raise await refusal(response)
+
+        def first_byte() -> None:
+            timing.first_byte_s = self._clock.now_s()
+
+        relayed = await relay(request, response, error_event=_DIED_EVENT, on_first_byte=first_byte)
+        if not relayed.ok:
+            self._view.failed(lease.agent)
+        self._note_times(call, lease)
+
+    def _note_times(self, call: _Call, lease: Lease) -> None:
+        timing = call.timing
+        if not timing.first_byte_s:
+            return
+        total_s = timing.first_byte_s - call.request.arrived_s
+        if timing.loaded is not None:
+            TTFT_SECONDS.observe(total_s, call.model, "cold")
+            return
+        TTFT_SECONDS.observe(total_s, call.model, "warm")
+        if call.parsed.stream:
+            # Only a stream's first byte is its first token.
+            ttft_s = timing.first_byte_s - timing.sent_s
+            note_schedule_error(lease.predicted_s, ttft_s)
+            if lease.idle:
+                self._router.learn_first_token(call.model, ttft_s)
+
+    async def _note_refusal(self, call: _Call, lease: Lease, response: Response) -> None:
+        """The agent did nothing: note why, so that the next try goes elsewhere."""
+        call.error = await refusal(response)
+        if call.error.code == ModelNotReady.code:
+            self._view.lost(lease.agent, call.model)
+        else:
+            call.refused = {lease.agent, *(call.refused or ())}
+
+    async def _before_retry(self, call: _Call) -> None:
+        """Return if the request may be tried once more; else raise why the last try failed."""
+        error = call.error or NoCapacity()
+        call.tries += 1
+        if call.tries > self._settings.retries_max or error.permanent:
+            raise error
+        if not call.retrying:
+            share = self._settings.retry_share * self._router.in_flight
+            if self._retrying >= max(self._settings.retry_min, share):
+                raise error
+            call.retrying = True
+            self._retrying += 1
+        REQUEST_RETRIES.inc(error.code)
+        pause_s = random.uniform(0, self._settings.retry_jitter_s)  # noqa: S311 - not a secret
+        await self._clock.sleep(pause_s)
+
+    def _end_retry(self, call: _Call) -> None:
+        if call.retrying:
+            call.retrying = False
+            self._retrying -= 1
+
+    async def _lease_cold(self, call: _Call) -> Lease:
+        """Wait for a load of the model; a lease on the agent that has it then."""
+        began_s = self._clock.now_s()
+        elsewhere = bool(call.refused)
+        if elsewhere and not self._can_scale_out(call):
+            raise call.error or NoCapacity()
+        self._end_retry(call)
+        with self._room.enter(call.model, elsewhere=elsewhere) as waiter:
+            loaded = await self._wait(call, waiter)
+        call.timing.loaded = loaded
+        call.timing.waited_s += self._clock.now_s() - began_s
+        lease = self._router.lease_on(loaded.agent, call.model, loaded.predicted_s)
+        if lease is None:
+            raise NoCapacity(f"the agent that loaded {call.model} has gone", retry_after_s=1.0)
+        return lease
+
+    async def _wait(self, call: _Call, waiter: Waiter) -> Loaded:
+        """Until the load's end, telling a streaming client how far it is."""
+        request, settings = call.request, self._settings
+        budget_s = wait_budget_s(request.headers.get(WAIT_HEADER), settings, call.parsed.stream)
+        ends_s = self._clock.now_s() + budget_s
+        pause_s = budget_s
+        if call.parsed.stream:
+            pause_s = settings.comment_interval_s if request.started else settings.stream_grace_s
+        while True:
+            loaded = await waiter.ready(min(pause_s, ends_s - self._clock.now_s()))
+            if loaded is not None:
+                return loaded
+            if self._clock.now_s() >= ends_s:
+                waiter.promise()
+                raise StillLoading(call.model, waiter.progress)
+            if not request.started:
+                request.start(_OK, EVENT_STREAM_HEADERS)
+            await request.write(comment(waiter.progress))
+            pause_s = settings.comment_interval_s
+
+    def _can_scale_out(self, call: _Call) -> bool:
+        """Whether an agent that has not refused could load the model too."""
+        record = self._view.models.get(call.model)
+        if record is None:
+            return False
+        avoid = {*ready_agents(self._view, call.model), *call.avoid}
+        return self._router.place(record, avoid) is not None
+
+    def _head(self, call: _Call) -> bytes:
+        keep_alive_s = call.parsed.keep_alive_s
+        keep_alive = "" if keep_alive_s is None else f"{KEEP_ALIVE_HEADER}: {keep_alive_s}\r\n"
+        return b"%b%b\r\nx-request-id: %b\r\n%b" % (
+            self._fixed_head,
+            call.model.encode(),
+            call.request.id.encode(),
+            keep_alive.encode(),
+        )
+
+
+def _still_cancelled() -> bool:
+    """Take back the cancellation that `Lease.lose` asked for; whether there was another one."""
+    task = asyncio.current_task()
+    return task is not None and task.uncancel() > 0

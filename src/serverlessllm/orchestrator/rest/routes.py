@@ -1,0 +1,203 @@
+"""The front door: guard, route, error contract, metrics; each request ends here exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from urllib.parse import unquote
+
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.errors import (
+    BackendProtocolError,
+    Draining,
+    MethodNotAllowed,
+    ModelNotFound,
+    RouteNotFound,
+    SLLMError,
+    Unavailable,
+)
+from serverlessllm.core.ids import Address
+from serverlessllm.edge.relay import relay
+from serverlessllm.edge.server import Request
+from serverlessllm.edge.upstream import UpstreamError, Upstreams
+from serverlessllm.openai.errors import render_error
+from serverlessllm.openai.models import list_body, model_body, model_object
+from serverlessllm.openai.request import parse_chat, parse_completion, parse_embeddings
+from serverlessllm.openai.sse import error_event
+from serverlessllm.orchestrator.loads import unknown_model
+from serverlessllm.orchestrator.rest.guard import Guard
+from serverlessllm.orchestrator.rest.inference import Inference, Parse
+from serverlessllm.orchestrator.rest.loading import StillLoading, loading_body
+from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.timing import timing_lines
+from serverlessllm.orchestrator.view import ClusterView
+from serverlessllm.telemetry.metrics import CONTENT_TYPE, render_metrics
+from serverlessllm.telemetry.table import CLIENTS_GONE, REQUEST_SECONDS, REQUESTS
+
+_OK = 200
+_GONE = 499
+_DRAINING = Draining("this server is shutting down; send the request again")
+_JSON = (("content-type", "application/json"),)
+_PLAIN = "text/plain; charset=utf-8"
+_MODELS = "/v1/models"
+_MANAGEMENT = "/api/"
+_PARSERS: dict[str, Parse] = {
+    "/v1/chat/completions": parse_chat,
+    "/v1/completions": parse_completion,
+    "/v1/embeddings": parse_embeddings,
+}
+_HOP_BY_HOP = frozenset(
+    {"connection", "content-length", "host", "keep-alive", "transfer-encoding", "upgrade"}
+)
+
+
+class Routes:
+    """The handler of the edge."""
+
+    def __init__(
+        self,
+        settings: OrchestratorSettings,
+        *,
+        guard: Guard,
+        inference: Inference,
+        view: ClusterView,
+        upstreams: Upstreams,
+        management: Address,
+        ready: Callable[[], str],
+        before_metrics: Callable[[], None],
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._guard = guard
+        self._inference = inference
+        self._view = view
+        self._upstreams = upstreams
+        self._management = management
+        self._ready = ready
+        """Why this orchestrator is not ready; empty when it is."""
+        self._before_metrics = before_metrics
+        self._clock = clock
+        self._plain: dict[str, Callable[[Request], None]] = {
+            _MODELS: self._list_models,
+            "/livez": _alive,
+            "/readyz": self._readyz,
+            "/metrics": self._metrics,
+        }
+
+    async def handle(self, request: Request) -> None:
+        """Answer one request, whatever happens."""
+        path = request.path
+        model, status = "", _OK
+        try:
+            self._guard.check(request)
+            parse = _PARSERS.get(path)
+            if parse is None:
+                await self._other(request)
+                return
+            if request.method != "POST":
+                raise MethodNotAllowed(f"{path} takes POST")
+            model, status = await self._inference.answer(request, parse)
+        except SLLMError as error:
+            status = error.status
+            if not request.started:
+                raise
+            await _end_stream(request, error)
+        except asyncio.CancelledError:
+            status = _GONE
+            if request.started and not request.finished and request.connected:
+                await _end_stream(request, _DRAINING)
+            CLIENTS_GONE.inc(_route(path))
+            raise
+        finally:
+            if path in _PARSERS:
+                REQUESTS.inc(path, model, str(status))
+                REQUEST_SECONDS.observe(self._clock.now_s() - request.arrived_s, path, model)
+
+    def answer_headers(self, request: Request) -> bytes:
+        """The header lines of every answer: where its time went."""
+        return timing_lines(request.state, request.arrived_s, self._clock.now_s())
+
+    async def _other(self, request: Request) -> None:
+        """Everything that is not hot."""
+        path = request.path
+        if path.startswith(_MANAGEMENT):
+            await self._manage(request)
+            return
+        plain = self._plain.get(path)
+        if plain is None and not path.startswith(f"{_MODELS}/"):
+            raise RouteNotFound(f"there is no {path[:200]}")
+        if request.method not in {"GET", "HEAD"}:
+            raise MethodNotAllowed(f"{path[:200]} takes GET")
+        if plain is not None:
+            plain(request)
+        else:
+            self._show_model(request, unquote(path[len(_MODELS) + 1 :]))
+
+    def _list_models(self, request: Request) -> None:
+        models = sorted(self._view.models.items())[: self._settings.models_list_max]
+        objects = (model_object(model, record.created_s) for model, record in models)
+        _json(request, list_body(objects))
+
+    def _show_model(self, request: Request, name: str) -> None:
+        model = self._view.names.get(name)
+        if model is None:
+            raise ModelNotFound(unknown_model(name, self._settings, self._view), param="model")
+        created_s = self._view.models[model].created_s
+        _json(request, model_body(model_object(model, created_s)))
+
+    def _readyz(self, request: Request) -> None:
+        reason = self._ready()
+        if reason:
+            raise Unavailable(reason, retry_after_s=1.0)
+        _text(request, b"ok\n")
+
+    def _metrics(self, request: Request) -> None:
+        self._before_metrics()
+        _text(request, render_metrics(), CONTENT_TYPE)
+
+    async def _manage(self, request: Request) -> None:
+        """Pass a management request on to the ordinary application behind us."""
+        body = await request.body()
+        path = f"{request.path}?{request.query}" if request.query else request.path
+        headers = [(n, v) for n, v in request.headers.items() if n not in _HOP_BY_HOP]
+        try:
+            async with self._upstreams.send(
+                self._management, request.method, path, headers, body
+            ) as response:
+                await relay(request, response)
+        except UpstreamError as error:
+            raise BackendProtocolError("the management application does not answer") from error
+
+
+def render(error: SLLMError) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Status, headers and body of an error; `loading` beside it when the model is on its way."""
+    status, headers, body = render_error(error)
+    if isinstance(error, StillLoading):
+        body = loading_body(error, body)
+    return status, headers, body
+
+
+def _alive(request: Request) -> None:
+    _text(request, b"ok\n")
+
+
+async def _end_stream(request: Request, error: SLLMError) -> None:
+    """The last event of a stream that had only comments so far."""
+    if not request.finished:
+        await request.write(error_event(error))
+        request.finish()
+
+
+def _json(request: Request, body: bytes) -> None:
+    request.respond(_OK, _JSON, body)
+
+
+def _text(request: Request, body: bytes, content_type: str = _PLAIN) -> None:
+    request.respond(_OK, (("content-type", content_type),), body)
+
+
+def _route(path: str) -> str:
+    """A label with few values."""
+    if path in _PARSERS or path == _MODELS:
+        return path
+    return _MANAGEMENT if path.startswith(_MANAGEMENT) else "other"

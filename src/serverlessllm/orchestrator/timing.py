@@ -1,0 +1,70 @@
+"""Where a request's time went, as headers of its answer."""
+
+from __future__ import annotations
+
+from serverlessllm.core.agentapi import HopTiming
+from serverlessllm.orchestrator.coldstart import Loaded
+
+_LINES = (
+    b"openai-processing-ms: %d\r\nserver-timing: queue;dur=%.2f, place;dur=%.3f, "
+    b"fetch;dur=%.2f, read;dur=%.2f, start;dur=%.2f, ttft;dur=%.2f\r\n"
+)
+_WARM_LINES = (
+    b"openai-processing-ms: %d\r\nserver-timing: queue;dur=0, place;dur=%.3f, "
+    b"fetch;dur=0, read;dur=0, start;dur=0, ttft;dur=%.2f\r\n"
+)
+NOTHING_LINES = _WARM_LINES % (0, 0.0, 0.0)
+"""Of an answer before anything happened."""
+
+
+class Timing:
+    """What is known of one request's time so far."""
+
+    __slots__ = ("first_byte_s", "loaded", "place_s", "sent_s", "waited_s")
+
+    def __init__(self) -> None:
+        self.place_s = 0.0
+        self.sent_s = 0.0
+        """When it was sent to the agent that answers it; 0: not yet."""
+        self.first_byte_s = 0.0
+        """When the first byte of the agent's answer went out."""
+        self.waited_s = 0.0
+        """In the waiting room."""
+        self.loaded: Loaded | None = None
+
+
+def timing_lines(timing: object, arrived_s: float, now_s: float) -> bytes:
+    """Header lines for the answer whose head goes out now; `timing` may be None.
+
+    A load's figures are its own: whoever came while it ran waited for less of it. `queue` is the
+    load's, and what the request waited beside ingest, choice and load.
+    """
+    total_ms = (now_s - arrived_s) * 1e3
+    if not isinstance(timing, Timing):
+        return _WARM_LINES % (total_ms, 0.0, 0.0)
+    ttft_ms = (now_s - timing.sent_s) * 1e3 if timing.sent_s else 0.0
+    loaded = timing.loaded
+    if loaded is None:
+        return _WARM_LINES % (total_ms, timing.place_s * 1e3, ttft_ms)
+    hops = loaded.hops
+    outside_s = timing.waited_s - loaded.ingest_s - loaded.place_s - loaded.load_s
+    return _LINES % (
+        total_ms,
+        (_seconds(hops, "queue") + max(0.0, outside_s)) * 1e3,
+        loaded.place_s * 1e3,
+        (loaded.ingest_s + _fetch_s(hops)) * 1e3,
+        (_seconds(hops, "nvme→dram") + _seconds(hops, "dram→device")) * 1e3,
+        _seconds(hops, "start") * 1e3,
+        ttft_ms,
+    )
+
+
+def _seconds(hops: tuple[HopTiming, ...], name: str) -> float:
+    return sum(hop.seconds for hop in hops if hop.hop == name)
+
+
+def _fetch_s(hops: tuple[HopTiming, ...]) -> float:
+    """One pass over the wire may fill several tiers: the slowest of them is its time."""
+    return max(
+        (hop.seconds for hop in hops if hop.hop.startswith(("store→", "peer→"))), default=0.0
+    )

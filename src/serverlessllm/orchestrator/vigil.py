@@ -1,0 +1,75 @@
+"""Requests on an agent that stopped without a reset must not wait for ever.
+
+Silence has no event, so a timer looks for it. Heartbeats may be late because the metadata store
+is; therefore the agent itself is asked before it is given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.errors import SLLMError
+from serverlessllm.core.ids import AgentId
+from serverlessllm.edge.upstream import Upstreams
+from serverlessllm.orchestrator.router import Router
+from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.view import AgentSeen, ClusterView
+from serverlessllm.telemetry.logs import log
+
+_log = log("orchestrator")
+
+
+class Vigil:
+    """Watches over the agents that hold requests of ours."""
+
+    def __init__(
+        self,
+        settings: OrchestratorSettings,
+        *,
+        view: ClusterView,
+        router: Router,
+        upstreams: Upstreams,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._view = view
+        self._router = router
+        self._upstreams = upstreams
+        self._clock = clock
+
+    async def run(self) -> None:
+        """For as long as the orchestrator lives; ends by cancellation only."""
+        while True:
+            await self._clock.sleep(self._settings.agent_probe_after_s / 4)
+            await self.look()
+
+    async def look(self) -> None:
+        """Once: take its requests from each agent that is silent in every way."""
+        held = self._router.agents_held()
+        old_s = self._clock.now_s() - self._settings.agent_probe_after_s
+        silent = [
+            seen
+            for agent in held
+            if (seen := self._view.agents.get(agent)) is not None and seen.seen_s < old_s
+        ]
+        async with asyncio.TaskGroup() as group:
+            for seen in silent:
+                group.create_task(self._probe(seen))
+        for agent in held - self._view.agents.keys():
+            # Its lease has run out while it had requests of ours.
+            self._lose(agent)
+
+    async def _probe(self, seen: AgentSeen) -> None:
+        try:
+            async with self._upstreams.send(
+                seen.address, "GET", "/livez", timeout_s=self._settings.agent_probe_s_max
+            ):
+                return
+        except SLLMError:
+            self._lose(seen.agent)
+
+    def _lose(self, agent: AgentId) -> None:
+        _log.warning("agent is silent, its requests go elsewhere", agent=agent)
+        self._view.failed(agent)
+        self._router.lose(agent)
