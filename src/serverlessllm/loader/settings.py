@@ -42,9 +42,6 @@ class LoaderSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Least time between two progress reports of one load."""
     indexes_cached_max: int = 128
     """Decoded `.idx` files kept in memory."""
-    verify_nvme_on_start: bool = False
-    """Read all of the nvme tier at start. Its chunks are checked whenever they are read, so this
-    only finds a bad copy earlier."""
 
 
 def default_dram_dir(data_dir: Path) -> Path:

@@ -1,0 +1,181 @@
+"""One load: look where the checkpoint is, plan, copy, look again if somebody else copied."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.cluster import CacheLevel
+from serverlessllm.core.errors import OutOfSpace, SLLMError
+from serverlessllm.core.ids import CheckpointId
+from serverlessllm.core.models import CheckpointRef
+from serverlessllm.loader.adoption import Leftovers, Spawn
+from serverlessllm.loader.indexes import Indexes
+from serverlessllm.loader.locks import wait_unlocked
+from serverlessllm.loader.pipeline import Job, Pipeline, Tier
+from serverlessllm.loader.plan import Copy, plan
+from serverlessllm.loader.progress import QUEUE, Meter, Report
+from serverlessllm.loader.references import Brought, References
+from serverlessllm.loader.residency import Held, TierDirectory
+from serverlessllm.loader.settings import LoaderSettings
+from serverlessllm.loader.workers import Threads, outlast
+from serverlessllm.store.checkpoints import CheckpointStore
+from serverlessllm.telemetry import log
+
+_log = log("loader")
+
+
+class Bringer:
+    """Brings checkpoints near, and writes the nvme copies behind. `spawn` owns its tasks."""
+
+    def __init__(
+        self,
+        settings: LoaderSettings,
+        store: CheckpointStore,
+        clock: Clock,
+        tiers: Mapping[CacheLevel, Tier],
+        *,
+        indexes: Indexes,
+        leftovers: Leftovers,
+        pipeline: Pipeline,
+        references: References,
+        files: Threads,
+        spawn: Spawn,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._clock = clock
+        self._tiers = tiers
+        self._indexes = indexes
+        self._leftovers = leftovers
+        self._pipeline = pipeline
+        self._references = references
+        self._files = files
+        self._spawn = spawn
+        self._behind: dict[CheckpointId, asyncio.Task[None]] = {}
+
+    async def bring(self, ref: CheckpointRef, level: CacheLevel, report: Report) -> Brought:
+        """`ref` at `level` or nearer, held; raises what `Loader.load` does."""
+        meter = Meter(self._clock, self._settings.progress_interval_s, report)
+        wanted = max(level, CacheLevel.DRAM)
+        await self._leftovers.check(ref.id)
+        while True:
+            found = await self._nearest(ref)
+            if found is not None and found.tier.level <= wanted:
+                break
+            try:
+                brought = await self._copy(ref, wanted, found, meter)
+            finally:
+                if found is not None:
+                    found.release()
+            if brought is not None:
+                found = brought
+                break
+            await self._wait_for_peer(ref, wanted, meter)
+        self._references.keep(found.tier.level, found.held)
+        return found
+
+    async def written_behind(self, checkpoint: CheckpointId) -> None:
+        """Return when no copy of it is being written behind."""
+        if checkpoint in self._behind:
+            await asyncio.wait((self._behind[checkpoint],))
+
+    async def stop_behind(self, checkpoint: CheckpointId) -> None:
+        """Give up its copy that is being written behind."""
+        if checkpoint in self._behind:
+            self._behind[checkpoint].cancel()
+            await outlast(self._behind[checkpoint])
+
+    async def _nearest(self, ref: CheckpointRef) -> Brought | None:
+        """The nearest copy on this node, held."""
+        for level in (CacheLevel.DRAM, CacheLevel.NVME):
+            tier = self._tiers[level].directory
+            found = await self._files.run_or_undo(_release, self._find, tier, ref)
+            if found is not None:
+                return found
+        return None
+
+    def _find(self, tier: TierDirectory, ref: CheckpointRef) -> Brought | None:
+        """Its copy in one tier; one that is not whole is removed instead. Blocks."""
+        held = tier.hold(ref.id)
+        if held is None:
+            return None
+        index = self._indexes.of_tier(tier, ref.id)
+        if index is None or held.size_bytes != index.size_bytes:
+            held.release()
+            tier.discard(ref.id)
+            _log.warning("removed a broken copy", checkpoint=ref.id, tier=tier.level.tier)
+            return None
+        tier.touch(held)
+        return Brought(held=held, tier=tier, index=index, hops=())
+
+    async def _copy(
+        self, ref: CheckpointRef, wanted: CacheLevel, found: Brought | None, meter: Meter
+    ) -> Brought | None:
+        """Carry out the plan; None when another process is doing so."""
+        job = await self._job(ref, found)
+        nearest = CacheLevel.STORE if found is None else found.tier.level
+        budgets = {level: tier.budget_bytes for level, tier in self._tiers.items()}
+        copy, *later = plan(job.index, nearest, wanted, budgets)
+        source = None if found is None else found.held
+        try:
+            filled = await self._pipeline.run(copy, job, source, meter)
+        except OutOfSpace:
+            if not self._behind:
+                raise
+            await asyncio.wait(self._behind.values())  # each of them holds a copy in DRAM
+            filled = await self._pipeline.run(copy, job, source, meter)
+        if filled is None:
+            return None
+        for copy in later:
+            self._write_behind(copy, job, filled.held.share())
+        tier = self._tiers[wanted].directory
+        return Brought(held=filled.held, tier=tier, index=job.index, hops=filled.hops)
+
+    async def _job(self, ref: CheckpointRef, found: Brought | None) -> Job:
+        data = None
+        if found is not None:
+            data = await self._files.run(found.tier.read_index, ref.id)
+        if data is None:
+            data = await self._store.read_index(ref.prefix)
+        index = self._indexes.decode(data, ref.id)
+        return Job(ref=ref, index=index, index_bytes=data)
+
+    def _write_behind(self, copy: Copy, job: Job, source: Held) -> None:
+        if job.ref.id in self._behind:
+            source.release()
+            return
+        task = self._spawn(self._behind_run(copy, job, source))
+        self._behind[job.ref.id] = task
+        task.add_done_callback(lambda _: self._behind_done(job.ref.id, source))
+
+    def _behind_done(self, checkpoint: CheckpointId, source: Held) -> None:
+        """Also of a task that was cancelled before it began."""
+        del self._behind[checkpoint]
+        source.release()
+
+    async def _behind_run(self, copy: Copy, job: Job, source: Held) -> None:
+        meter = Meter(self._clock, self._settings.progress_interval_s, _tell_nobody)
+        try:
+            filled = await self._pipeline.run(copy, job, source, meter)
+        except SLLMError as error:  # the load itself succeeded; the next one is slower
+            _log.warning("no nvme copy", checkpoint=job.ref.id, code=error.code)
+            return
+        if filled is not None:
+            self._references.keep(copy.target, filled.held)
+            filled.held.release()
+
+    async def _wait_for_peer(self, ref: CheckpointRef, wanted: CacheLevel, meter: Meter) -> None:
+        meter.begin(QUEUE, ref.size_bytes)
+        partial = self._tiers[wanted].directory.partial_path(ref.id)
+        await wait_unlocked(partial, self._clock, self._settings.peer_wait_s_max)
+
+
+def _release(found: Brought | None) -> None:
+    if found is not None:
+        found.release()
+
+
+def _tell_nobody(_progress: object) -> None:
+    """Nobody waits for a copy that is written behind."""
