@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import msgspec
 
-from serverlessllm.edge.server import Headers, Request
-from serverlessllm.edge.upstream import Response
+from serverlessllm.edge.errors import UpstreamClosed, UpstreamError
+from serverlessllm.edge.link import Framing, Link, LinkState
+from serverlessllm.edge.request import Request
+from serverlessllm.edge.response import Decoder, Response
+from serverlessllm.edge.wire import (
+    LAST_CHUNK,
+    Headers,
+    chunk,
+    encode_headers,
+    forwarded_head,
+)
 
 
 class Relayed(msgspec.Struct, frozen=True):
@@ -16,7 +26,9 @@ class Relayed(msgspec.Struct, frozen=True):
     ok: bool
     """Whether the whole answer was passed on."""
     body_bytes: int
-    """Bytes of the body as they were on the wire, chunk framing included."""
+    """Bytes of the body as the upstream sent them, chunk framing included."""
+    error: UpstreamError | None = None
+    """What ended it otherwise."""
 
 
 async def relay(
@@ -28,15 +40,164 @@ async def relay(
     on_first_byte: Callable[[], None] | None = None,
     idle_timeout_s: float | None = None,
 ) -> Relayed:
-    """Write the answer's head (hop-by-hop fields dropped, `headers` and `x-request-id` added;
-    a `server-timing`, `openai-processing-ms` or `x-request-id` of the upstream is replaced) and
-    its body to the client, never holding more than the write buffer's limit.
+    """Pass the answer on: its head (hop-by-hop fields dropped, `headers` and `x-request-id` added;
+    a `server-timing`, `openai-processing-ms` or `x-request-id` of the upstream is left out) and
+    its body, never holding more than the write buffer's limit.
 
     When `request.started`, only the body is passed on, into the stream that has begun.
-    When the upstream dies after the head: a `text/event-stream` that stands at the end of an
-    event gets `error_event` (bytes such as `b'data: {"error": …}\\n\\n'`) and ends cleanly; any
-    other answer is cut so that the truncation shows. Then `ok` is False and nothing is raised.
+    The head goes out with the body's first byte: until then nothing is promised, and the
+    upstream's death is raised, so that another upstream may be asked (also when
+    `request.started`: the stream is still open then). After that, a `text/event-stream` that
+    stands at the end of an event gets `error_event` (bytes such as
+    `b'data: {"error": …}\\n\\n'`) and ends cleanly, any other answer is cut so that the
+    truncation shows; `ok` is False and nothing is raised.
     No byte for `idle_timeout_s` while the client keeps up counts as the upstream's death.
     `on_first_byte` is called when the body's first byte is passed on.
+
+    Raises:
+        UpstreamError: the upstream died before anything of its answer was passed on.
     """
-    raise NotImplementedError
+    link = response.link
+    if link.state is LinkState.DONE and not request.started and request.framed:
+        return _pass_whole(request, link, encode_headers(headers), on_first_byte)
+    passing = _Passing(request, response, encode_headers(headers), on_first_byte)
+    passing.begin(idle_timeout_s)
+    try:
+        while link.state is LinkState.BODY:
+            await link.wait()
+    except asyncio.CancelledError:
+        # Either the client has gone, or a drain's grace is over and it can still be told.
+        if request.connected and passing.begun:
+            passing.end_dead(error_event)
+        raise
+    finally:
+        passing.stop()
+    if link.state is LinkState.DONE:
+        passing.end_whole()
+        return Relayed(ok=True, body_bytes=link.passed_bytes)
+    error = link.error or UpstreamClosed("the exchange was left", before_head=False)
+    if not passing.begun:
+        raise error
+    passing.end_dead(error_event)
+    return Relayed(ok=False, body_bytes=link.passed_bytes, error=error)
+
+
+def _pass_whole(
+    request: Request, link: Link, headers: bytes, on_first_byte: Callable[[], None] | None
+) -> Relayed:
+    """The common short answer: all of it is here, and goes out in one write."""
+    kept = link.take()
+    if on_first_byte is not None and kept:
+        on_first_byte()
+    if link.framing is Framing.CLOSE:
+        body = b"".join(kept)
+        head = forwarded_head(link.head, keep_framing=False)
+        headers += b"content-length: %d\r\n" % len(body)
+    else:
+        body = kept[0] if len(kept) == 1 else b"".join(kept)
+        head = forwarded_head(link.head, keep_framing=True)
+    request.begin(head + headers, b"" if request.method == "HEAD" else body)
+    request.ended()
+    return Relayed(ok=True, body_bytes=link.passed_bytes)
+
+
+class _Passing:
+    """A body on its way: which framing it has on either side decides how each piece is sent."""
+
+    def __init__(
+        self,
+        request: Request,
+        response: Response,
+        headers: bytes,
+        on_first_byte: Callable[[], None] | None,
+    ) -> None:
+        self._request = request
+        self._response = response
+        self._link = response.link
+        self._headers = headers
+        self._on_first_byte = on_first_byte
+        self._head_due = not request.started
+        self._silent = request.method == "HEAD"
+        self._chunked = self._goes_chunked()
+        self._write: Callable[[bytes], object] = _drop
+        self._send: Callable[[bytes], object] = _drop
+        self.begun = False
+        """Whether anything of the answer has been passed on."""
+
+    def _goes_chunked(self) -> bool:
+        """Whether the client gets chunks."""
+        if not self._request.framed or self._silent:
+            return False
+        return not self._head_due or self._link.framing in {Framing.CHUNKED, Framing.CLOSE}
+
+    def begin(self, idle_timeout_s: float | None) -> None:
+        """Let the body flow."""
+        link = self._link
+        self._write = self._request.line.attach(link)
+        if self._silent:
+            self._send = _drop
+        elif link.framing is Framing.CHUNKED and not self._chunked:
+            self._send = Decoder(self._write).feed
+        elif self._chunked and link.framing is not Framing.CHUNKED:
+            self._send = self._send_chunk
+        else:
+            self._send = self._write
+        link.watch(idle_timeout_s)
+        link.attach(self._first)
+
+    def _first(self, data: bytes) -> None:
+        self._link.sink = self._send
+        self._begin_answer()
+        if self._on_first_byte is not None:
+            self._on_first_byte()
+        self._send(data)
+
+    def _begin_answer(self) -> None:
+        self.begun = True
+        if self._head_due:
+            self._head_due = False
+            link = self._link
+            verbatim = link.framing is not Framing.CLOSE and (
+                self._chunked or link.framing is not Framing.CHUNKED
+            )
+            head = forwarded_head(link.head, keep_framing=verbatim)
+            if self._chunked and not verbatim:
+                head += b"transfer-encoding: chunked\r\n"
+            self._request.begin(head + self._headers)
+
+    def _send_chunk(self, data: bytes) -> None:
+        self._write(chunk(data))
+
+    def stop(self) -> None:
+        """No more flows."""
+        self._request.line.release(self._link)
+
+    def end_whole(self) -> None:
+        """The upstream's answer is complete."""
+        if not self.begun:
+            self._begin_answer()
+        if self._chunked and self._link.framing is not Framing.CHUNKED:
+            self._request.line.send(LAST_CHUNK)
+        self._request.ended()
+
+    def end_dead(self, error_event: bytes) -> None:
+        """The upstream's answer will not be completed: say so, or let the truncation show."""
+        request = self._request
+        kind = self._response.headers.get("content-type") or ""
+        streams = self._chunked or not request.framed
+        if (
+            error_event
+            and streams
+            and kind.startswith("text/event-stream")
+            and self._link.at_event_end()
+        ):
+            request.line.send(chunk(error_event) if self._chunked else error_event)
+            if self._chunked:
+                request.line.send(LAST_CHUNK)
+            request.ended()
+        else:
+            request.abort()
+
+
+def _drop(_: bytes) -> None:
+    """This answer has no body."""

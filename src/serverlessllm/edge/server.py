@@ -2,81 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import SLLMError
-from serverlessllm.core.ids import Address, RequestId
+from serverlessllm.core.ids import Address
+from serverlessllm.edge.connection import Connection
+from serverlessllm.edge.limits import Sweeper
+from serverlessllm.edge.request import Request, RequestHeaders
 from serverlessllm.edge.settings import EdgeSettings
+from serverlessllm.edge.wire import Headers, join_address, split_address
 
-Headers = bytes | Sequence[tuple[str, str]]
-"""Pairs, or (the hot path) ready lines: `b"name: value\\r\\n"` each."""
+__all__ = ["EdgeServer", "Headers", "Request", "RequestHeaders"]
+
 RenderError = Callable[[SLLMError], tuple[int, Sequence[tuple[str, str]], bytes]]
-Handler = Callable[["Request"], Awaitable[None]]
+Handler = Callable[[Request], Awaitable[None]]
+AnswerHeaders = Callable[[Request], bytes]
 
 
-class RequestHeaders:
-    """Header fields by lower-case name; of a repeated one the last."""
-
-    def get(self, name: str) -> str | None:
-        """The value of `name` (write it in lower case)."""
-        raise NotImplementedError
-
-    def items(self) -> list[tuple[str, str]]:
-        """All of them, names in lower case."""
-        raise NotImplementedError
+def _no_headers(_: Request) -> bytes:
+    return b""
 
 
-class Request:
-    """One HTTP message and the way to answer it. Each answer carries `x-request-id`."""
-
-    id: RequestId
-    method: str
-    path: str
-    """As sent (percent escapes kept), without the query."""
-    query: str
-    """Without `?`; empty when there is none."""
-    headers: RequestHeaders
-    arrived_s: float
-    """When the headers were complete, on the edge's clock."""
-
-    @property
-    def started(self) -> bool:
-        """Whether the answer's head has been written."""
-        raise NotImplementedError
-
-    @property
-    def connected(self) -> bool:
-        """Whether the client is still there."""
-        raise NotImplementedError
-
-    async def body(self) -> bytes:
-        """The whole body.
-
-        Raises:
-            RequestTooLarge, RequestTimeout, InvalidRequest: too long, too slow, bad framing.
-        """
-        raise NotImplementedError
-
-    def respond(self, status: int, headers: Headers = (), body: bytes = b"") -> None:
-        """A whole answer at once; `content-length` is added."""
-        raise NotImplementedError
-
-    def start(self, status: int, headers: Headers = ()) -> None:
-        """Begin a streamed answer (chunked; until close for HTTP/1.0)."""
-        raise NotImplementedError
-
-    async def write(self, data: bytes) -> None:
-        """One piece of a streamed answer; returns when the client has room for more."""
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        """End a streamed answer cleanly."""
-        raise NotImplementedError
-
-    def abort(self) -> None:
-        """Cut the connection so that the client sees the answer is truncated."""
-        raise NotImplementedError
+def _free(path: str) -> None:
+    """Remove a socket that nobody listens on any more."""
+    with contextlib.suppress(FileNotFoundError):
+        Path(path).unlink()
 
 
 class EdgeServer:
@@ -84,6 +38,11 @@ class EdgeServer:
 
     A `SLLMError` that the handler lets through is rendered by `render_error`; any other
     exception is logged with the request's id and rendered as an internal error.
+    `answer_headers` gives the header lines (`b"name: value\\r\\n"` each) that every answer
+    carries beside `x-request-id`: errors, refusals and relayed answers included.
+
+    The process's main should call `gc.collect(); gc.freeze()` once everything is started: the
+    collector then leaves the start-up's objects alone.
     """
 
     def __init__(
@@ -92,20 +51,128 @@ class EdgeServer:
         settings: EdgeSettings,
         render_error: RenderError,
         clock: Clock,
+        answer_headers: AnswerHeaders = _no_headers,
     ) -> None:
-        raise NotImplementedError
+        self.handler = handler
+        self.settings = settings
+        self.render_error = render_error
+        self.clock = clock
+        self.answer_headers = answer_headers
+        self.loop: asyncio.AbstractEventLoop
+        self.stopping = False
+        """Whether each answer is the last of its connection."""
+        self.sweeper = Sweeper(self._sweep, settings.sweep_interval_s, clock)
+        self._connections: set[Connection] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._listener: asyncio.Server | None = None
+        self._path: str | None = None
+        self._empty = asyncio.Event()
+        self._empty.set()
 
     async def start(self, address: Address) -> Address:
         """Listen on `unix:/path` or `http://host:port`; port 0 takes a free one. Returns the
-        actual address."""
-        raise NotImplementedError
+        actual address.
+
+        Raises:
+            OSError: the address cannot be had.
+            ValueError: it is not an address.
+        """
+        self.loop = asyncio.get_running_loop()
+        where = split_address(address)
+        backlog = self.settings.backlog
+        if isinstance(where, str):
+            _free(where)
+            self._path = where
+            self._listener = await self.loop.create_unix_server(
+                self._connect, where, backlog=backlog
+            )
+        else:
+            host, port = where
+            self._listener = await self.loop.create_server(
+                self._connect, host, port, backlog=backlog
+            )
+            port = self._listener.sockets[0].getsockname()[1]
+            address = join_address(host, port)
+        self.sweeper.start()
+        return address
+
+    @property
+    def connections(self) -> int:
+        """Open client connections."""
+        return len(self._connections)
 
     async def drain(self, grace_s: float) -> None:
         """Keep accepting for `drain_accept_s`, stop listening, let answers finish for up to
         `grace_s`, cancel the handlers that remain (`relay` then ends a stream with its error
         event), and close."""
-        raise NotImplementedError
+        self.stopping = True
+        await self.clock.sleep(self.settings.drain_accept_s)
+        self._stop_listening()
+        for connection in list(self._connections):
+            if connection.idle:
+                connection.close()
+        await self._empty_within(grace_s)
+        for connection in list(self._connections):
+            connection.interrupt()
+        await self._empty_within(self.settings.drain_cut_s)
+        await self.close()
 
     async def close(self) -> None:
         """Stop listening, cancel every handler, wait for them, close every connection."""
-        raise NotImplementedError
+        self.stopping = True
+        self._stop_listening()
+        for connection in list(self._connections):
+            connection.cut()
+        await self._empty.wait()
+        if self._leaving:
+            await asyncio.wait(self._leaving)
+        if self._listener is not None:
+            await self._listener.wait_closed()
+            self._listener = None
+            if self._path is not None:
+                _free(self._path)
+        await self.sweeper.close()
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+
+    async def _empty_within(self, limit_s: float) -> None:
+        """Return when no connection is left, or after `limit_s`."""
+        empty = self.loop.create_task(self._empty.wait())
+        late = self.loop.create_task(self._sleep(limit_s))
+        try:
+            await asyncio.wait((empty, late), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            empty.cancel()
+            late.cancel()
+            await asyncio.wait((empty, late))
+
+    async def _sleep(self, delay_s: float) -> None:
+        await self.clock.sleep(delay_s)
+
+    # What connections tell.
+
+    def _connect(self) -> Connection:
+        return Connection(self)
+
+    def admit(self, connection: Connection) -> int:
+        """A connection is open; returns how many are."""
+        self._connections.add(connection)
+        self._empty.clear()
+        return len(self._connections)
+
+    def forget(self, connection: Connection) -> None:
+        """A connection is gone."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()
+
+    def adopt(self, task: asyncio.Task[None]) -> None:
+        """A handler whose client has gone is still cleaning up."""
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    def _sweep(self, now_s: float) -> None:
+        for connection in list(self._connections):
+            connection.sweep(now_s)

@@ -18,7 +18,7 @@ class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Request line and headers together; more is 431."""
     headers_max: int = 100
     """Distinct header names of one request; more is 431."""
-    body_bytes_max: int = 32 * MIB
+    body_bytes_max: int = 8 * MIB
     """Of one request; more is 413."""
     pipeline_max: int = 16
     """Requests read ahead on one connection before reading pauses."""

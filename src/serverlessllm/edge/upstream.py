@@ -2,85 +2,217 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 
 from serverlessllm.core.clock import Clock
-from serverlessllm.core.errors import SLLMError
 from serverlessllm.core.ids import Address
+from serverlessllm.edge.errors import (
+    UpstreamBusy,
+    UpstreamClosed,
+    UpstreamError,
+    UpstreamProtocolError,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from serverlessllm.edge.limits import Sweeper
+from serverlessllm.edge.link import Link, LinkState
+from serverlessllm.edge.response import Response, ResponseHeaders
 from serverlessllm.edge.settings import UpstreamSettings
+from serverlessllm.edge.wire import encode_headers, split_address
+
+__all__ = [
+    "Exchange",
+    "Response",
+    "ResponseHeaders",
+    "UpstreamBusy",
+    "UpstreamClosed",
+    "UpstreamError",
+    "UpstreamProtocolError",
+    "UpstreamTimeout",
+    "UpstreamUnreachable",
+    "Upstreams",
+]
+
+_METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
 
 
-class UpstreamError(SLLMError):
-    """An upstream did not answer as it should."""
+class Pool:
+    """The connections to one address: the last one given back is the next one used."""
 
-    status = 502
-    code = "backend_died"
+    def __init__(self, owner: Upstreams, address: Address) -> None:
+        self._owner = owner
+        self._where = split_address(address)
+        self.settings = owner.settings
+        self.loop = owner.loop
+        self.idle: list[Link] = []
+        self.links: set[Link] = set()
+        self.opened = 0
+        """Connections made so far: shows whether they are reused."""
+        self._connecting = 0
+        self._waiters: deque[asyncio.Future[Link | None]] = deque()
+        host = "localhost" if isinstance(self._where, str) else self._where[0]
+        port = "" if isinstance(self._where, str) else f":{self._where[1]}"
+        self.host_line = (
+            f" HTTP/1.1\r\nhost: {f'[{host}]' if ':' in host else host}{port}\r\n".encode()
+        )
 
-
-class UpstreamUnreachable(UpstreamError):
-    """No connection: nothing was sent, another upstream may be asked."""
-
-
-class UpstreamClosed(UpstreamError):
-    """The connection ended before the answer was whole; `before_head`: before any of it."""
-
-    before_head: bool
-
-
-class UpstreamProtocolError(UpstreamError):
-    """The upstream answered with something that is not HTTP, or more than a limit allows."""
-
-    code = "backend_protocol_error"
-
-
-class UpstreamTimeout(UpstreamError):
-    """The answer did not come, or stalled, past its deadline."""
-
-    status = 504
-    code = "deadline_exceeded"
-
-
-class UpstreamBusy(UpstreamError):
-    """Too many requests wait for a connection to this upstream."""
-
-    status = 503
-    code = "overloaded"
-
-
-class ResponseHeaders:
-    """Header fields of an answer by lower-case name; of a repeated one the last."""
-
-    def get(self, name: str) -> str | None:
-        """The value of `name` (write it in lower case)."""
-        raise NotImplementedError
-
-
-class Response:
-    """An answer whose head has come: read it, take its lines, or give it to `relay`."""
-
-    status: int
-    headers: ResponseHeaders
-
-    async def read(self, max_bytes: int = 1024 * 1024) -> bytes:
-        """The whole body, de-chunked.
+    async def take(self) -> Link:
+        """A fresh connection, or one that another request has just given back.
 
         Raises:
-            UpstreamProtocolError: it is longer than `max_bytes`.
-            UpstreamClosed: the connection ended first.
+            UpstreamUnreachable, UpstreamBusy, UpstreamTimeout.
         """
-        raise NotImplementedError
+        settings = self.settings
+        if len(self.links) + self._connecting >= settings.connections_per_address_max:
+            if len(self._waiters) >= settings.waiters_per_address_max:
+                raise UpstreamBusy("the backend has too many requests waiting", retry_after_s=1.0)
+            link = await self._turn()
+            if link is not None:
+                return link
+        return await self.connect()
 
-    def lines(self) -> AsyncIterator[bytes]:
-        """The body's lines as they come, without their ends (`\\n` or `\\r\\n`)."""
-        raise NotImplementedError
+    async def connect(self) -> Link:
+        """A fresh connection, whatever the bound says (the caller has or frees a place)."""
+        self._connecting += 1
+        try:
+            async with self._owner.deadline(self.settings.connect_timeout_s):
+                if isinstance(self._where, str):
+                    _, link = await self.loop.create_unix_connection(self._link, self._where)
+                else:
+                    _, link = await self.loop.create_connection(self._link, *self._where)
+        except OSError as error:  # TimeoutError is one, too
+            raise UpstreamUnreachable("the backend cannot be reached") from error
+        finally:
+            self._connecting -= 1
+        self.opened += 1
+        return link
+
+    @property
+    def now_s(self) -> float:
+        """The time of the last sweep."""
+        return self._owner.now_s
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether nobody uses this pool."""
+        return not (self.links or self._connecting or self._waiters)
+
+    def give_back(self, link: Link) -> None:
+        """The link is idle: the next waiter's, or kept."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(link)
+                return
+        link.state = LinkState.IDLE
+        link.idle_since_s = self._owner.now_s
+        self.idle.append(link)
+
+    def lost(self, link: Link) -> None:
+        """The link is gone; safe to say twice."""
+        if link not in self.links:
+            return
+        self.links.discard(link)
+        if link.state is LinkState.IDLE and link in self.idle:
+            self.idle.remove(link)
+        self._pass_on_place()
+
+    def close(self) -> None:
+        """Cut every connection; who waits for one gets told."""
+        for link in list(self.links):
+            link.abort()
+        while self._waiters:
+            self._pass_on_place()
+
+    def sweep(self, now_s: float) -> None:
+        """Close what has been idle too long, before its peer does; look at deadlines."""
+        settings = self.settings
+        oldest_s = now_s - max(0.0, settings.idle_expiry_s - settings.sweep_interval_s)
+        for link in list(self.links):
+            if link.state is LinkState.IDLE:
+                if link.idle_since_s <= oldest_s:
+                    link.abort()
+            else:
+                link.sweep(now_s)
+
+    def _link(self) -> Link:
+        link = Link(self)
+        self.links.add(link)
+        return link
+
+    async def _turn(self) -> Link | None:
+        """Wait for an idle link, or for a free place (None)."""
+        waiter: asyncio.Future[Link | None] = self.loop.create_future()
+        self._waiters.append(waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                link = waiter.result()
+                if link is None:
+                    self._pass_on_place()
+                else:
+                    self.give_back(link)
+            raise
+
+    def _pass_on_place(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
 
 
 class Exchange:
     """One request and its answer; leaving the block gives back or closes the connection."""
 
+    __slots__ = ("_bodiless", "_link", "_owner", "_pool", "_request", "_timeout_s")
+
+    def __init__(
+        self,
+        owner: Upstreams,
+        pool: Pool,
+        request: bytes,
+        timeout_s: float | None,
+        *,
+        bodiless: bool,
+    ) -> None:
+        self._owner = owner
+        self._pool = pool
+        self._request = request
+        self._timeout_s = timeout_s
+        self._bodiless = bodiless
+        self._link: Link | None = None
+
     async def __aenter__(self) -> Response:
-        raise NotImplementedError
+        pool = self._pool
+        deadline_s = None
+        if self._timeout_s is not None:
+            deadline_s = self._owner.clock.now_s() + self._timeout_s
+        reused = bool(pool.idle)
+        link = pool.idle.pop() if reused else await pool.take()
+        while True:
+            self._link = link
+            try:
+                link.send(self._request, deadline_s, bodiless=self._bodiless)
+                while link.state is LinkState.HEAD:
+                    await link.wait()
+            except BaseException:
+                link.abort()
+                raise
+            error = link.error
+            if error is None:
+                return Response(link)
+            # A kept connection may have been closed by its peer just as it was used again:
+            # nothing ran, so ask once more, on a connection that is surely new.
+            if not (reused and link.untouched and isinstance(error, UpstreamClosed)):
+                link.abort()
+                raise error
+            reused = False
+            link = await pool.connect()
 
     async def __aexit__(
         self,
@@ -88,7 +220,9 @@ class Exchange:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        raise NotImplementedError
+        link = self._link
+        if link is not None:
+            link.finish()
 
 
 class Upstreams:
@@ -96,7 +230,12 @@ class Upstreams:
     connection, so that the backend stops generating."""
 
     def __init__(self, settings: UpstreamSettings, clock: Clock) -> None:
-        raise NotImplementedError
+        self.settings = settings
+        self.clock = clock
+        self.loop: asyncio.AbstractEventLoop
+        self._pools: dict[Address, Pool] = {}
+        self._sweeper = Sweeper(self._sweep, settings.sweep_interval_s, clock)
+        self._deadlines: dict[asyncio.Timeout, float] = {}
 
     def send(
         self,
@@ -115,8 +254,78 @@ class Upstreams:
             UpstreamUnreachable, UpstreamClosed, UpstreamProtocolError, UpstreamTimeout,
             UpstreamBusy.
         """
-        raise NotImplementedError
+        pool = self._pools.get(address) or self._open(address)
+        start = f"{method} {path}".encode()
+        if b"\r" in start or b"\n" in start or start.count(b" ") != 1:
+            raise ValueError(f"{method} {path!r}: not a request line")
+        length = b""
+        if body or method in _METHODS_WITH_BODY:
+            length = b"content-length: %d\r\n" % len(body)
+        request = b"%b%b%b%b\r\n%b" % (
+            start,
+            pool.host_line,
+            encode_headers(headers),
+            length,
+            body,
+        )
+        return Exchange(self, pool, request, timeout_s, bodiless=method == "HEAD")
 
     async def close(self) -> None:
         """Close every connection; those in use end as `UpstreamClosed`."""
-        raise NotImplementedError
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        await self._sweeper.close()
+
+    def opened(self, address: Address) -> int:
+        """Connections made to `address` so far."""
+        pool = self._pools.get(address)
+        return 0 if pool is None else pool.opened
+
+    @property
+    def now_s(self) -> float:
+        """The time of the last sweep."""
+        return self._sweeper.now_s
+
+    def deadline(self, delay_s: float) -> _Deadline:
+        """`async with`: raises TimeoutError inside when this clock has moved on by `delay_s`."""
+        return _Deadline(self._deadlines, self.clock.now_s() + delay_s)
+
+    def _open(self, address: Address) -> Pool:
+        self.loop = asyncio.get_running_loop()
+        self._sweeper.start()
+        pool = self._pools[address] = Pool(self, address)
+        return pool
+
+    def _sweep(self, now_s: float) -> None:
+        for timeout, deadline_s in list(self._deadlines.items()):
+            if now_s >= deadline_s:
+                timeout.reschedule(self.loop.time())
+        for address, pool in list(self._pools.items()):
+            pool.sweep(now_s)
+            if pool.forgotten:
+                del self._pools[address]
+
+
+class _Deadline:
+    """asyncio's timeout on our clock: it has no timer, a sweep makes it due."""
+
+    __slots__ = ("_all", "_due_s", "_timeout")
+
+    def __init__(self, deadlines: dict[asyncio.Timeout, float], due_s: float) -> None:
+        self._all = deadlines
+        self._due_s = due_s
+        self._timeout = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        self._all[self._timeout] = self._due_s
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del self._all[self._timeout]
+        await self._timeout.__aexit__(kind, error, trace)

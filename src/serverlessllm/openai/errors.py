@@ -6,15 +6,23 @@ import msgspec
 
 from serverlessllm.core.errors import (
     BackendProtocolError,
-    ClientError,
+    Conflict,
+    DeadlineExceeded,
+    InvalidRequest,
+    OutOfSpace,
+    RequestTooLarge,
     SLLMError,
+    TooManyRequests,
     Unavailable,
+    UnsupportedOperation,
 )
 
 RETRY_AFTER_MAX_S = 120
 """A client library does not retry at all when told to wait longer."""
 RETRY_AFTER_DEFAULT_S = 1.0
 _MESSAGE_CHARS_MAX = 2000
+_TOO_LONG = ("exceed_context_size_error", "context_length_exceeded")
+"""How llama.cpp and the OpenAI-like servers call it."""
 
 
 class ErrorFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,15 +63,76 @@ def render_error(error: SLLMError) -> tuple[int, list[tuple[str, str]], bytes]:
     return error.status, headers, error_body(error)
 
 
-class BackendRefused(ClientError):
-    """The backend refused the request as it was sent; its own words are the message."""
+class ContextTooLong(InvalidRequest):
+    """The prompt and the wanted answer do not fit the model's context."""
 
-    def __init__(self, status: int, message: str, *, param: str | None, code: str) -> None:
-        super().__init__(message, param=param)
-        self.status = status  # type: ignore[misc]  # the backend's own status, per answer
-        self.code = code  # type: ignore[misc]
+    code = "context_length_exceeded"
 
 
 def translate_backend_error(status: int, body: bytes) -> SLLMError:
-    """What a backend's non-2xx answer means to the client."""
-    raise NotImplementedError
+    """What a backend's non-2xx answer means to the client.
+
+    A refusal (4xx) keeps the backend's words, which are about the request; a failure (5xx) does
+    not: they are about the server.
+    """
+    said = _read(body)
+    message, param = said.message, said.param
+    if status in {501, 404, 405}:
+        return UnsupportedOperation(message or "the model's backend has no such operation")
+    if status == 409:
+        return Conflict(message or "the model's backend refused the request", param=param)
+    if status == 413:
+        return RequestTooLarge(message or "the request is too large for the model's backend")
+    if status == 429:
+        return TooManyRequests("the model's backend is busy; try again")
+    if status == 503:
+        return Unavailable("the model's backend is not ready; try again")
+    if status in {408, 504}:
+        return DeadlineExceeded("the model's backend did not finish in time")
+    if status == 507:
+        return OutOfSpace("the model's backend is out of space")
+    if 400 <= status < 500 and status not in {401, 403, 407}:
+        if said.type in _TOO_LONG or said.code in _TOO_LONG:
+            return ContextTooLong(message or "the request is longer than the model's context")
+        return InvalidRequest(
+            message or f"the model's backend refused the request (status {status})", param=param
+        )
+    return BackendProtocolError(f"the model's backend failed (status {status})")
+
+
+class _Said(msgspec.Struct, frozen=True):
+    """What a backend's error body says, whatever its dialect."""
+
+    message: str = ""
+    param: str | None = None
+    type: str = ""
+    code: str = ""
+
+
+def _read(body: bytes) -> _Said:
+    """`{"error": {…}}`, `{"error": "…"}`, `{"message": …}`, `{"detail": …}`, text, nothing."""
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return _Said(message=_clean(body.decode("utf-8", "replace")))
+    if isinstance(found, dict):
+        found = found.get("error", found)
+    if isinstance(found, str):
+        return _Said(message=_clean(found))
+    if not isinstance(found, dict):
+        return _Said()
+    message = found.get("message", found.get("detail"))
+    param, kind, code = found.get("param"), found.get("type"), found.get("code")
+    return _Said(
+        message=_clean(message) if isinstance(message, str) else "",
+        param=param[:200] if isinstance(param, str) else None,
+        type=kind if isinstance(kind, str) else "",
+        code=code if isinstance(code, str) else "",
+    )
+
+
+def _clean(text: str) -> str:
+    """Printable, and short enough for an error; an HTML page says nothing to a client."""
+    if text.lstrip()[:1] == "<":
+        return ""
+    return "".join(c if c.isprintable() else " " for c in text[:_MESSAGE_CHARS_MAX]).strip()

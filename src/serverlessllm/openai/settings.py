@@ -10,6 +10,10 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     depth_max: int = 64
     """Nesting of arrays and objects in the body."""
+    strings_max: int = 100_000
+    """Strings in the body, keys included."""
+    containers_max: int = 100_000
+    """Arrays and objects in the body."""
     n_max: int = 128
     """Answers to one prompt (`n`, `best_of`)."""
     max_tokens_max: int = 1_048_576

@@ -1,0 +1,286 @@
+"""One request and the way to answer it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+from collections.abc import Callable
+from typing import Protocol
+
+from serverlessllm.core.errors import SLLMError
+from serverlessllm.core.ids import RequestId
+from serverlessllm.edge.wire import (
+    BODILESS,
+    LAST_CHUNK,
+    Headers,
+    chunk,
+    encode_headers,
+    status_line,
+)
+
+_safe_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_process = os.urandom(6).hex()
+_count = itertools.count(1)
+
+
+def _new_id() -> str:
+    """Unique among processes and, cheaply, inside this one."""
+    return f"req-{_process}-{next(_count):x}"
+
+
+class RequestHeaders:
+    """Header fields by lower-case name; of a repeated one the last."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: dict[bytes, bytes]) -> None:
+        self._fields = fields
+
+    def get(self, name: str) -> str | None:
+        """The value of `name` (write it in lower case)."""
+        value = self._fields.get(name.encode())
+        return None if value is None else value.decode("latin-1")
+
+    def items(self) -> list[tuple[str, str]]:
+        """All of them, names in lower case."""
+        return [
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in self._fields.items()
+        ]
+
+
+class Source(Protocol):
+    """An upstream whose answer flows straight into a client's connection."""
+
+    passed_bytes: int
+    """Handed over so far."""
+
+    def pause(self) -> None:
+        """The client is full."""
+        ...
+
+    def resume(self) -> None:
+        """The client has room."""
+        ...
+
+    def detach(self) -> None:
+        """The client has gone: hand over nothing more."""
+        ...
+
+
+class Line(Protocol):
+    """What a request needs of its connection."""
+
+    lost: bool
+    """Whether the client has gone."""
+
+    def send(self, data: bytes) -> None:
+        """Write, without waiting."""
+        ...
+
+    async def room(self) -> None:
+        """Wait until the client has taken enough."""
+        ...
+
+    def will_close(self) -> bool:
+        """Whether the connection ends with the answer that starts now."""
+        ...
+
+    def own_headers(self, request: Request) -> bytes:
+        """Header lines that the owner puts on each answer."""
+        ...
+
+    def cut(self) -> None:
+        """Close at once, whatever is unsent."""
+        ...
+
+    def attach(self, source: Source) -> Callable[[bytes], None]:
+        """Let `source`, told when to pause, write through what is returned."""
+        ...
+
+    def release(self, source: Source) -> None:
+        """`source` writes no more."""
+        ...
+
+
+class Request:
+    """One HTTP message and the way to answer it. Each answer carries `x-request-id`.
+
+    `state` is the handler's: whatever it wants to find again in `answer_headers`.
+    """
+
+    __slots__ = (
+        "_broken",
+        "_expects",
+        "_finished",
+        "_framed",
+        "_pieces",
+        "_started",
+        "_waiter",
+        "_whole",
+        "arrived_s",
+        "headers",
+        "id",
+        "keep_alive",
+        "line",
+        "method",
+        "path",
+        "query",
+        "refusal",
+        "state",
+    )
+
+    def __init__(
+        self,
+        line: Line,
+        method: str,
+        path: str,
+        query: str,
+        fields: dict[bytes, bytes],
+        arrived_s: float,
+        *,
+        keep_alive: bool,
+        framed: bool,
+    ) -> None:
+        self.line = line
+        self.method = method
+        self.path = path
+        """As sent (percent escapes kept), without the query."""
+        self.query = query
+        """Without `?`; empty when there is none."""
+        self.headers = RequestHeaders(fields)
+        self.arrived_s = arrived_s
+        """When the headers were complete, on the edge's clock."""
+        self.keep_alive = keep_alive
+        given = fields.get(b"x-request-id")
+        self.id = RequestId(
+            given.decode() if given is not None and _safe_id.fullmatch(given) else _new_id()
+        )
+        self.refusal: SLLMError | None = None
+        """Why the handler never sees this request."""
+        self.state: object = None
+        self._framed = framed
+        self._expects = b"expect" in fields
+        self._pieces: list[bytes] = []
+        self._whole = False
+        self._broken: SLLMError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._started = False
+        self._finished = False
+
+    # What a handler uses.
+
+    @property
+    def started(self) -> bool:
+        """Whether the answer's head has been written."""
+        return self._started
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer has ended."""
+        return self._finished
+
+    @property
+    def connected(self) -> bool:
+        """Whether the client is still there."""
+        return not self.line.lost
+
+    @property
+    def framed(self) -> bool:
+        """Whether the client understands chunks; HTTP/1.0 reads until the connection closes."""
+        return self._framed
+
+    async def body(self) -> bytes:
+        """The whole body.
+
+        Raises:
+            RequestTooLarge, RequestTimeout, InvalidRequest: too long, too slow, bad framing.
+        """
+        if not self._whole and self._broken is None:
+            if self._expects and self._framed and not self._started:
+                self.line.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._expects = False
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self._broken is not None:
+            raise self._broken
+        if len(self._pieces) > 1:
+            self._pieces = [b"".join(self._pieces)]
+        return self._pieces[0] if self._pieces else b""
+
+    def respond(self, status: int, headers: Headers = (), body: bytes = b"") -> None:
+        """A whole answer at once; `content-length` is added."""
+        length = b"" if status in BODILESS else b"content-length: %d\r\n" % len(body)
+        head = status_line(status) + encode_headers(headers) + length
+        if self.method == "HEAD" or status in BODILESS:
+            body = b""
+        self.begin(head, body)
+        self._finished = True
+
+    def start(self, status: int, headers: Headers = ()) -> None:
+        """Begin a streamed answer (chunked; until close for HTTP/1.0)."""
+        framing = b"transfer-encoding: chunked\r\n" if self._framed else b""
+        self.begin(status_line(status) + encode_headers(headers) + framing)
+
+    async def write(self, data: bytes) -> None:
+        """One piece of a streamed answer; returns when the client has room for more."""
+        if data and self.method != "HEAD":
+            self.line.send(chunk(data) if self._framed else data)
+        await self.line.room()
+
+    def finish(self) -> None:
+        """End a streamed answer cleanly."""
+        if self._finished:
+            return
+        if self._framed and self.method != "HEAD":
+            self.line.send(LAST_CHUNK)
+        self._finished = True
+
+    def abort(self) -> None:
+        """Cut the connection so that the client sees the answer is truncated."""
+        self._finished = True
+        self.line.cut()
+
+    # What the connection and the relay use.
+
+    def begin(self, head: bytes, body: bytes = b"") -> None:
+        """Send an answer's head: `head` plus the fields that every answer has."""
+        if self._started:
+            raise RuntimeError(f"{self.method} {self.path}: answered twice")
+        self._started = True
+        line = self.line
+        if line.will_close():
+            self.keep_alive = False
+        closing = b"" if self.keep_alive else b"connection: close\r\n"
+        own = line.own_headers(self)
+        line.send(
+            b"%bx-request-id: %b\r\n%b%b\r\n%b" % (head, self.id.encode(), own, closing, body)
+        )
+
+    def ended(self) -> None:
+        """The relay has sent the answer's last byte."""
+        self._finished = True
+
+    def take(self, data: bytes) -> None:
+        """A piece of the body has come."""
+        self._pieces.append(data)
+
+    def received(self) -> None:
+        """The body is whole."""
+        self._whole = True
+        self._wake()
+
+    def broken(self, error: SLLMError) -> None:
+        """The body will not come."""
+        self._broken = error
+        self._pieces.clear()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,116 @@
+"""An upstream's answer, for whoever reads it rather than relaying it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable
+
+import httptools
+
+from serverlessllm.core.units import MIB
+from serverlessllm.edge.errors import UpstreamClosed, UpstreamProtocolError
+from serverlessllm.edge.link import Framing, Link, LinkState
+
+_fields = re.compile(rb"\r\n([^:\r]+):[ \t]*([^\r]*)")
+
+
+class ResponseHeaders:
+    """Header fields of an answer by lower-case name; of a repeated one the last."""
+
+    __slots__ = ("_fields", "_head")
+
+    def __init__(self, head: bytes) -> None:
+        self._head = head
+        self._fields: dict[bytes, bytes] | None = None
+
+    def get(self, name: str) -> str | None:
+        """The value of `name` (write it in lower case)."""
+        fields = self._fields
+        if fields is None:
+            fields = self._fields = {
+                key.lower(): value.rstrip() for key, value in _fields.findall(self._head)
+            }
+        value = fields.get(name.encode())
+        return None if value is None else value.decode("latin-1")
+
+
+class Decoder:
+    """Takes the chunk framing off a body; `feed` raises `httptools.HttpParserError`."""
+
+    __slots__ = ("feed", "on_body")
+
+    def __init__(self, take: Callable[[bytes], object]) -> None:
+        self.on_body = take
+        parser = httptools.HttpResponseParser(self)
+        parser.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        self.feed: Callable[[bytes], None] = parser.feed_data
+
+
+class Response:
+    """An answer whose head has come: read it, take its lines, or give it to `relay`."""
+
+    __slots__ = ("headers", "link", "status")
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.status = link.status
+        self.headers = ResponseHeaders(link.head)
+
+    async def read(self, max_bytes: int = MIB) -> bytes:
+        """The whole body, de-chunked.
+
+        Raises:
+            UpstreamProtocolError: it is longer than `max_bytes`.
+            UpstreamClosed, UpstreamTimeout: the connection ended, or stalled, first.
+        """
+        pieces: list[bytes] = []
+        size = 0
+        async for piece in self._pieces():
+            size += len(piece)
+            if size > max_bytes:
+                raise UpstreamProtocolError(
+                    f"the backend's answer is longer than {max_bytes} bytes"
+                )
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """The body's lines as they come, without their ends (`\\n` or `\\r\\n`).
+
+        Raises:
+            UpstreamProtocolError: a line is longer than `line_bytes_max`.
+            UpstreamClosed, UpstreamTimeout: the connection ended, or stalled, first.
+        """
+        line_bytes_max = self.link.limits.line_bytes_max
+        rest = b""
+        async for piece in self._pieces():
+            *lines, rest = (rest + piece).split(b"\n")
+            if len(rest) > line_bytes_max:
+                raise UpstreamProtocolError("a line of the backend's answer is too long")
+            for line in lines:
+                yield line.removesuffix(b"\r")
+        if rest:
+            yield rest
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        """The body without its framing, piece by piece as it comes."""
+        link = self.link
+        decoded: list[bytes] = []
+        decoder = Decoder(decoded.append) if link.framing is Framing.CHUNKED else None
+        while True:
+            kept = link.take()
+            if decoder is None:
+                decoded += kept
+            else:
+                for data in kept:
+                    decoder.feed(data)
+            for piece in decoded:
+                yield piece
+            decoded.clear()
+            if kept:
+                continue
+            if link.state is LinkState.DONE:
+                return
+            if link.state is LinkState.DEAD:
+                raise link.error or UpstreamClosed("the exchange was left", before_head=False)
+            await link.wait()
