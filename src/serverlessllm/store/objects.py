@@ -16,9 +16,10 @@ from obstore.exceptions import BaseError
 from obstore.store import ObjectStore
 
 from serverlessllm.core.clock import Clock
-from serverlessllm.core.errors import CheckpointError, StoreUnavailable
+from serverlessllm.core.errors import CheckpointError, SLLMError, StoreUnavailable
 from serverlessllm.store.errors import ObjectChanged, ObjectMissing, is_retryable, translate
 from serverlessllm.store.settings import StoreSettings
+from serverlessllm.telemetry.table import STORE_RETRIES
 
 T = TypeVar("T")
 
@@ -147,6 +148,7 @@ class Objects:
                 failure = translate(error, self.where)
             if left == 0 or not is_retryable(failure):
                 raise failure from None
+            STORE_RETRIES.inc(failure.code if isinstance(failure, SLLMError) else "other")
             await self._clock.sleep(random.uniform(0, bound_s))  # noqa: S311 - jitter
             bound_s = min(bound_s * 2, self.settings.retry_max_s)
         raise AssertionError("settings.tries must be 1 or more")

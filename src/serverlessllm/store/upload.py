@@ -91,8 +91,14 @@ class Upload:
 
         The file may be renamed afterwards, not replaced.
         """
-        if not self._links(path):
-            await self._send(path, ready_bytes - ready_bytes % self._part_bytes)
+        if self._links(path):
+            return
+        if self._file is None:
+            try:
+                self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return  # renamed already: `publish` sends all of it
+        await self._send(path, ready_bytes - ready_bytes % self._part_bytes)
 
     async def publish(self, bin_path: Path, index: bytes) -> CheckpointRef:
         """Send the rest of the `.bin`, then create the `.idx`.
@@ -170,8 +176,8 @@ class Upload:
                 part = await asyncio.to_thread(os.pread, file, size, self._sent_bytes)
                 if not part:
                     raise CheckpointError(f"the .bin of {self._prefix} is shorter than it was")
+                self._sent_bytes += len(part)  # first: a cancelled write is carried out too
                 await uninterrupted(writer.write(part))
-                self._sent_bytes += len(part)
         except (BaseError, OSError) as error:
             raise translate(error, self._objects.where) from None
 
