@@ -262,7 +262,9 @@ def test_no_truncated_index_is_accepted(length: int):
 
 
 def test_a_gguf_brings_its_own_alignment_and_types():
-    block = Tensor(name="blk.0.ffn_up.weight", dtype="Q4_0", shape=(2, 32), offset=96, size_bytes=36)
+    block = Tensor(
+        name="blk.0.ffn_up.weight", dtype="Q4_0", shape=(2, 32), offset=96, size_bytes=36
+    )
     index = index_of((block,), kind="gguf", alignment_bytes=32)
     assert decode_index(encode_index(index)) == index
     for wrong in (
@@ -274,11 +276,20 @@ def test_a_gguf_brings_its_own_alignment_and_types():
             decode_index(encode_index(msgspec.structs.replace(index, tensors=(wrong,))))
     beside = (SideFile(name="config.json", offset=160, size_bytes=1),)
     with pytest.raises(CheckpointError, match="no side files"):
-        decode_index(encode_index(index_of((block,), kind="gguf", size_bytes=200, side_files=beside)))
+        decode_index(
+            encode_index(index_of((block,), kind="gguf", size_bytes=200, side_files=beside))
+        )
 
 
 def test_layers_in_execution_order_whatever_the_order_of_the_bytes():
-    names = ["output.weight", "token_embd.weight", "blk.10.x", "blk.2.b", "blk.2.a", "output_norm.w"]
+    names = [
+        "output.weight",
+        "token_embd.weight",
+        "blk.10.x",
+        "blk.2.b",
+        "blk.2.a",
+        "output_norm.w",
+    ]
     index = index_of(tuple(tensor(name, 64 * n) for n, name in enumerate(names)))
     found = layers(index)
     assert [layer.name for layer in found] == ["embedding", "blk.2", "blk.10", "norm", "head"]
