@@ -2,44 +2,220 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import msgspec
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.ids import Address
+from serverlessllm.edge.server import EdgeServer
+from serverlessllm.edge.settings import EdgeSettings, UpstreamSettings
+from serverlessllm.edge.upstream import Upstreams
+from serverlessllm.metadata.registry import Registry
+from serverlessllm.openai.settings import RequestLimits
+from serverlessllm.orchestrator.agents import AgentClient
+from serverlessllm.orchestrator.coldstart import WaitingRoom
+from serverlessllm.orchestrator.feed import Feed
+from serverlessllm.orchestrator.loads import Loads
+from serverlessllm.orchestrator.operations import Operations
+from serverlessllm.orchestrator.replicas import keep_replicas
+from serverlessllm.orchestrator.rest.guard import Guard, is_loopback
+from serverlessllm.orchestrator.rest.inference import Inference
+from serverlessllm.orchestrator.rest.internal import InternalServer
+from serverlessllm.orchestrator.rest.management import Management
+from serverlessllm.orchestrator.rest.routes import Routes, render
+from serverlessllm.orchestrator.router import Router
 from serverlessllm.orchestrator.seams import DeletesCheckpoints, Ingests
 from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.view import ClusterView
+from serverlessllm.orchestrator.vigil import Vigil
+from serverlessllm.scheduler.settings import SchedulerSettings
+from serverlessllm.telemetry.logs import log
+from serverlessllm.telemetry.table import AGENTS, REQUESTS_WAITING
+
+_log = log("orchestrator")
+_RESTART_S = 1.0
+"""Pause before a background task that ended by a bug is started again."""
 
 
 class Orchestrator:
     """Stateless: any number of them serve the same cluster.
 
-    `registry` is a `serverlessllm.metadata.registry.Registry`; `token` the cluster's, sent to
-    agents; `run_dir` a private directory with a short path, for unix sockets.
+    `token` is the cluster's, sent to agents; `run_dir` a private directory with a short path, for
+    unix sockets.
     """
 
     def __init__(
         self,
         settings: OrchestratorSettings,
         *,
-        registry: object,
+        registry: Registry,
         ingestion: Ingests,
         store: DeletesCheckpoints,
         clock: Clock,
         token: str,
         run_dir: Path,
+        scheduler: SchedulerSettings | None = None,
+        edge: EdgeSettings | None = None,
+        upstream: UpstreamSettings | None = None,
+        limits: RequestLimits | None = None,
     ) -> None:
         self._settings = settings
+        self._clock = clock
+        self._edge_settings = msgspec.structs.replace(
+            edge or EdgeSettings(), drain_accept_s=settings.drain_accept_s
+        )
+        self._upstreams = Upstreams(upstream or UpstreamSettings(), clock)
+        self.view = ClusterView()
+        self._router = Router(
+            self.view, scheduler or SchedulerSettings(), settings.agent_silent_s, clock
+        )
+        agents = AgentClient(self._upstreams, settings, token)
+        loads = Loads(
+            settings,
+            view=self.view,
+            places=self._router,
+            agents=agents,
+            ingestion=ingestion,
+            clock=clock,
+        )
+        self._room = WaitingRoom(loads, settings, clock)
+        self._feed = Feed(self.view, registry, settings, clock)
+        self._vigil = Vigil(
+            settings, view=self.view, router=self._router, upstreams=self._upstreams, clock=clock
+        )
+        self._inference = Inference(
+            settings,
+            limits=limits or RequestLimits(),
+            view=self.view,
+            router=self._router,
+            room=self._room,
+            upstreams=self._upstreams,
+            clock=clock,
+            token=token,
+        )
+        operations = Operations(
+            settings,
+            view=self.view,
+            room=self._room,
+            agents=agents,
+            registry=registry,
+            ingestion=ingestion,
+            store=store,
+        )
+        management = Management(
+            settings,
+            operations=operations,
+            view=self.view,
+            router=self._router,
+            room=self._room,
+            clock=clock,
+        )
+        self._internal = InternalServer(management.app, run_dir)
+        self._edge: EdgeServer | None = None
+        self._background: list[asyncio.Task[None]] = []
+        self._draining = False
+        self._gauged: set[str] = set()
+        """Models that the gauge of waiting requests shows."""
 
     async def start(self, listen: Address | None = None) -> Address:
         """Serve on `listen` (the setting's by default); the address in fact, port 0 resolved.
 
         Raises:
-            ValueError: not loopback, and no API key is set.
+            ValueError: other machines reach the address, and no API key is set.
+            OSError: the address cannot be had.
         """
-        return listen or self._settings.listen
+        listen = listen or self._settings.listen
+        self._check_public(listen)
+        try:
+            return await self._start(listen)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _start(self, listen: Address) -> Address:
+        management = await self._internal.start()
+        self._run("feed", self._feed.run)
+        await self._feed.first_list()
+        self._run("vigil", self._vigil.run)
+        self._run("replicas", self._keep_replicas)
+        routes = Routes(
+            self._settings,
+            guard=Guard(self._settings, listen),
+            inference=self._inference,
+            view=self.view,
+            upstreams=self._upstreams,
+            management=management,
+            not_ready=self._not_ready,
+            before_metrics=self._set_gauges,
+            clock=self._clock,
+        )
+        self._edge = EdgeServer(
+            routes.handle, self._edge_settings, render, self._clock, routes.answer_headers
+        )
+        return await self._edge.start(listen)
 
     async def drain(self) -> None:
         """What SIGTERM asks: not ready, take requests a while longer, finish the running ones."""
+        self._draining = True
+        if self._edge is not None:
+            await self._edge.drain(self._settings.drain_finish_s)
+        await self.close()
 
     async def close(self) -> None:
-        """Stop at once; also ends what `drain` left."""
+        """Stop at once; also ends what `drain` left. Idempotent."""
+        if self._edge is not None:
+            await self._edge.close()
+            self._edge = None
+        tasks, self._background = self._background, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._room.close()
+        await self._internal.close()
+        await self._upstreams.close()
+
+    def _run(self, name: str, main: Callable[[], Awaitable[None]]) -> None:
+        self._background.append(asyncio.create_task(self._guarded(name, main), name=name))
+
+    async def _guarded(self, name: str, main: Callable[[], Awaitable[None]]) -> None:
+        """A background task never ends of itself: if a bug ends it, it starts again."""
+        while True:
+            try:
+                await main()
+            except Exception:  # noqa: BLE001 - boundary of a task
+                _log.error("background task ended by a bug", exc_info=True, task=name)
+            await self._clock.sleep(_RESTART_S)
+
+    async def _keep_replicas(self) -> None:
+        await keep_replicas(self.view, self._router, self._room, self._settings, self._clock)
+
+    def _check_public(self, listen: Address) -> None:
+        settings = self._settings
+        if listen.startswith("unix:") or is_loopback(listen) or settings.api_key_sha256:
+            return
+        if not settings.allow_public_without_key:
+            raise ValueError(
+                f"listen address {listen}: other machines reach it, and no API key is set; set "
+                "orchestrator.api_key_sha256, or allow it by allow_public_without_key"
+            )
+
+    def _not_ready(self) -> str:
+        """Why no request should be sent here; empty when it may."""
+        if self._draining:
+            return "this server is shutting down"
+        return ""
+
+    def _set_gauges(self) -> None:
+        now_s, silent_s = self._clock.now_s(), self._settings.agent_silent_s
+        suspect = sum(seen.suspect(now_s, silent_s) for seen in self.view.agents.values())
+        AGENTS.set(suspect, "suspect")
+        AGENTS.set(len(self.view.agents) - suspect, "alive")
+        waiting = self._room.waiting_for()
+        for model in self._gauged - waiting.keys():
+            REQUESTS_WAITING.forget(model)
+        for model, requests in waiting.items():
+            REQUESTS_WAITING.set(requests, model)
+        self._gauged = set(waiting)

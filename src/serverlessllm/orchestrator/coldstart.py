@@ -8,7 +8,6 @@ away with `model_loading`, no operator who asked for it, no minimum of replicas.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,13 +17,14 @@ import msgspec
 
 from serverlessllm.core.agentapi import HopTiming, LoadEvent
 from serverlessllm.core.clock import Clock
-from serverlessllm.core.cluster import JobError
 from serverlessllm.core.errors import SLLMError, TooManyRequests, Unavailable
+from serverlessllm.core.failures import record_of
 from serverlessllm.core.ids import AgentId, Epoch, ModelId
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.waits import settled
+from serverlessllm.telemetry.logs import log
 
-log = logging.getLogger(__name__)
+_log = log("orchestrator")
 
 Fleet = frozenset[tuple[AgentId, Epoch]]
 """Agents and their registrations; a restarted agent makes another fleet."""
@@ -88,8 +88,7 @@ class _Loading:
             return
         self.done.set_exception(error)
         self.done.exception()  # seen: it may be that nobody waits
-        told = JobError(code=error.code, message=error.message, status=error.status)
-        self.publish(LoadEvent(state="failed", error=told))
+        self.publish(LoadEvent(state="failed", error=record_of(error)))
 
 
 class Waiter:
@@ -145,6 +144,7 @@ class WaitingRoom:
         self._clock = clock
         self._loadings: dict[ModelId, _Loading] = {}
         self._failures: dict[ModelId, _Failure] = {}
+        self._last_loads: dict[ModelId, Loaded] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting = 0
         self._closed = False
@@ -196,6 +196,21 @@ class WaitingRoom:
         loading.held = True
         return True
 
+    def release(self, model: ModelId) -> None:
+        """Nobody but its waiters wants the load any more."""
+        loading = self._loadings.get(model)
+        if loading is not None:
+            loading.held = False
+            self._drop_if_unwanted(model, loading)
+
+    def last_load(self, model: ModelId) -> Loaded | None:
+        """The latest load that ended well."""
+        return self._last_loads.get(model)
+
+    def waiting_for(self) -> dict[ModelId, int]:
+        """Requests in the room, by model."""
+        return {model: loading.waiters for model, loading in self._loadings.items()}
+
     def stop(self, model: ModelId) -> None:
         """End the load of a model that is being deleted; its waiters get the cancellation."""
         loading = self._loadings.get(model)
@@ -203,8 +218,9 @@ class WaitingRoom:
             loading.task.cancel()
 
     def forget(self, model: ModelId) -> None:
-        """An operator changed something: the last failure says nothing any more."""
+        """An operator changed something: what happened before says nothing any more."""
         self._failures.pop(model, None)
+        self._last_loads.pop(model, None)
 
     async def close(self) -> None:
         """End every load; waiters are told that it was cancelled."""
@@ -234,10 +250,14 @@ class WaitingRoom:
             loaded = await self._loads.bring_up(model, elsewhere, loading.publish)
         except SLLMError as failure:
             self._fail(model, loading, failure)
-        except Exception:
-            log.exception("load of %s ended by a bug", model)
+        except Exception:  # noqa: BLE001 - boundary of a task: its waiters must hear of a bug
+            _log.error("load ended by a bug", exc_info=True, model=model)
             self._fail(model, loading, SLLMError())
         else:
+            self._last_loads.pop(model, None)
+            self._last_loads[model] = loaded
+            while len(self._last_loads) > self._settings.models_list_max:
+                del self._last_loads[next(iter(self._last_loads))]
             loading.done.set_result(loaded)
             loading.publish(LoadEvent(state="ready", hops=loaded.hops))
 

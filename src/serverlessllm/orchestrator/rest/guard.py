@@ -27,7 +27,7 @@ class Guard:
         self._keys = tuple(digest.lower().encode() for digest in settings.api_key_sha256)
         self._names = frozenset(name.lower() for name in settings.allowed_hosts)
         # Only a loopback address is protected by nothing but being hard to reach.
-        self._check_host = _is_loopback(listen)
+        self._check_host = is_loopback(listen)
         self._good_hosts: set[str] = set()
 
     def check(self, request: Request) -> None:
@@ -81,7 +81,8 @@ def _is_ip(name: str) -> bool:
     return True
 
 
-def _is_loopback(listen: Address) -> bool:
+def is_loopback(listen: Address) -> bool:
+    """Whether only this machine reaches an `http://` address."""
     if not listen.startswith("http://"):
         return False
     name = _host_name(listen.removeprefix("http://").rstrip("/"))

@@ -63,7 +63,7 @@ class Routes:
         view: ClusterView,
         upstreams: Upstreams,
         management: Address,
-        ready: Callable[[], str],
+        not_ready: Callable[[], str],
         before_metrics: Callable[[], None],
         clock: Clock,
     ) -> None:
@@ -73,8 +73,7 @@ class Routes:
         self._view = view
         self._upstreams = upstreams
         self._management = management
-        self._ready = ready
-        """Why this orchestrator is not ready; empty when it is."""
+        self._not_ready = not_ready
         self._before_metrics = before_metrics
         self._clock = clock
         self._plain: dict[str, Callable[[Request], None]] = {
@@ -146,7 +145,7 @@ class Routes:
         _json(request, model_body(model_object(model, created_s)))
 
     def _readyz(self, request: Request) -> None:
-        reason = self._ready()
+        reason = self._not_ready()
         if reason:
             raise Unavailable(reason, retry_after_s=1.0)
         _text(request, b"ok\n")
