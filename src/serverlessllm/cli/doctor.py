@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Coroutine, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -227,21 +227,23 @@ def _store(loaded: Loaded) -> Finding:
     from serverlessllm import bootstrap
 
     fix = "check store_url and [store] (sllm config check), and that the service runs"
-    return _reach("store", lambda: bootstrap.probe_store(loaded), fix)
+    return _reach("store", bootstrap.probe_store(loaded), fix)
 
 
 def _metadata(loaded: Loaded) -> Finding:
     from serverlessllm import bootstrap
 
     fix = "check the rights on the data directory and the space left on its disk"
-    return _reach("metadata", lambda: bootstrap.probe_metadata(loaded), fix)
+    return _reach("metadata", bootstrap.probe_metadata(loaded), fix)
 
 
-def _reach(name: str, probe: Callable[[], str], fix: str) -> Finding:
+def _reach(name: str, probe: Coroutine[None, None, str], fix: str) -> Finding:
+    import asyncio
+
     from serverlessllm.core.errors import SLLMError
 
     try:
-        return Finding(name=name, health=Health.GOOD, text=probe())
+        return Finding(name=name, health=Health.GOOD, text=asyncio.run(probe))
     except SLLMError as error:
         return Finding(name=name, health=Health.BAD, text=error.message, fix=fix)
     except OSError as error:

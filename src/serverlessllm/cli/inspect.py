@@ -30,15 +30,15 @@ def inspect(
         print(found.index_path.read_text(encoding="utf-8"), end="")
         return
     _print_head(found)
-    _print_layers(found.index, tensors=tensors)
+    _print_layers(found.contents, tensors=tensors)
     if digests:
-        _print_digests(found.index)
+        _print_digests(found.contents)
 
 
 def _print_head(found: LocalCheckpoint) -> None:
     from serverlessllm.core.units import format_size
 
-    index = found.index
+    index = found.contents
     facts = {
         "checkpoint": found.id,
         "model": f"{index.model}@{index.revision}",

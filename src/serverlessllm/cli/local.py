@@ -27,7 +27,7 @@ class LocalCheckpoint(NamedTuple):
     """Both files of one checkpoint; the index decoded."""
 
     id: CheckpointId
-    index: Index
+    contents: Index
     index_path: Path
     bin_path: Path
 
@@ -53,7 +53,7 @@ def open_local(name: str, data_dir: str | None, config: Path | None) -> LocalChe
         ) from error
     return LocalCheckpoint(
         id=checkpoint_id(data),
-        index=index,
+        contents=index,
         index_path=index_path,
         bin_path=index_path.with_suffix(".bin"),
     )

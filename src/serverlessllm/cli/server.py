@@ -52,14 +52,14 @@ def run(loaded: Loaded, main: Main) -> None:
     """Serve until a signal; what keeps it from starting is a failure with its cure."""
     import errno
 
-    from serverlessllm import bootstrap
+    from serverlessllm.cli import signals
     from serverlessllm.core.errors import SLLMError
 
     def announce(address: Address) -> None:
         print(f"ready on {address} (stop: Ctrl-C)", flush=True)
 
     try:
-        bootstrap.run(lambda stop: main(loaded, stop, announce))
+        signals.run(lambda stop: main(loaded, stop, announce))
     except OSError as error:
         cure = ""
         if error.errno == errno.EADDRINUSE:

@@ -24,7 +24,7 @@ def verify(
     found = open_local(checkpoint, data_dir, config)
     started_s = time.monotonic()
     try:
-        verify_bin(found.bin_path, found.index)
+        verify_bin(found.bin_path, found.contents)
     except CheckpointError as error:
         raise Failure(
             error.message, f"{found.bin_path} is damaged: remove it and pull or convert it again"
@@ -32,7 +32,7 @@ def verify(
     except OSError as error:
         raise Failure(f"{found.bin_path}: {error.strerror}") from error
     seconds = time.monotonic() - started_s
-    size_bytes = found.index.size_bytes
+    size_bytes = found.contents.size_bytes
     if json:
         print_json({"checkpoint": found.id, "size_bytes": size_bytes, "seconds": seconds})
         return

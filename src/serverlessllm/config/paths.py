@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -78,3 +80,24 @@ def make_private(directory: Path) -> None:
         )
     if status.st_mode & 0o077:
         directory.chmod(0o700)
+
+
+def cluster_token(path: Path) -> str:
+    """The secret of the cluster's processes; the first of them makes it. Readable by us alone.
+
+    Raises:
+        PermissionError: somebody else can read it, or owns it.
+    """
+    if not path.exists():
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+        # A link is whole or not there, and the first one wins.
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, path)
+        fresh.unlink()
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(f"{path} must be readable by its owner alone: chmod 600 {path}")
+    return path.read_text(encoding="ascii").strip()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from serverlessllm.config.paths import derive, make_private
+from serverlessllm.config.paths import cluster_token, derive, make_private
 from serverlessllm.config.settings import Settings
 
 
@@ -46,3 +48,34 @@ def test_a_link_or_a_stranger_is_refused(tmp_path):
         with pytest.raises(PermissionError, match="runtime_dir"):
             make_private(tmp_path / "real")
     assert Path(tmp_path / "real").is_dir()
+
+
+def test_the_cluster_token_is_made_once_and_ours_alone(tmp_path):
+    path = tmp_path / "cluster-token"
+    token = cluster_token(path)
+    assert len(token) == 64
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert cluster_token(path) == token
+    assert [p.name for p in tmp_path.iterdir()] == ["cluster-token"]
+
+
+def test_processes_that_start_at_once_agree_on_one_token(tmp_path):
+    path = tmp_path / "cluster-token"
+    code = (
+        "import sys; from pathlib import Path; from serverlessllm.config.paths import "
+        "cluster_token; print(cluster_token(Path(sys.argv[1])))"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    tokens = {process.communicate(timeout=30)[0].strip() for process in started}
+    assert tokens == {path.read_text()}
+
+
+def test_a_token_that_others_can_read_is_refused(tmp_path):
+    path = tmp_path / "cluster-token"
+    cluster_token(path)
+    path.chmod(0o644)
+    with pytest.raises(PermissionError, match="chmod 600"):
+        cluster_token(path)
