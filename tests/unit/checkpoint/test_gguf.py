@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -19,7 +20,7 @@ from serverlessllm.testing.checkpoints import raw_checkpoint, write_random_gguf
 
 
 @pytest.mark.parametrize("alignment", [32, 256])
-def test_reads_what_the_library_reads(tmp_path: Path, alignment: int):
+def test_reads_what_the_library_reads(tmp_path: Path, alignment: int) -> None:
     path = write_random_gguf(tmp_path / "m.gguf", alignment=alignment)
     header = read_header(open_file(path, model="m").files["m.gguf"])
     theirs = sorted(gguf.GGUFReader(path).tensors, key=lambda tensor: tensor.data_offset)
@@ -82,7 +83,7 @@ ARRAY_OF_TEXT = struct.pack("<IQ", 8, 2) + text("one") + text("two")
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_every_kind_of_metadata_is_passed_over(version):
+def test_every_kind_of_metadata_is_passed_over(version: int) -> None:
     scalars = (b"\1", b"\1", b"12", b"12", b"1234", b"1234", b"1234", b"\1")
     pairs = tuple(pair(f"k{kind}", kind, value) for kind, value in enumerate(scalars))
     pairs += (pair("k8", 8, text("x" * 10_000)), pair("a", 9, ARRAY_OF_U8))
@@ -142,7 +143,7 @@ LIES: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("fields", LIES.values(), ids=LIES)
-def test_a_lying_header_is_refused(fields):
+def test_a_lying_header_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"m\.gguf"):
         read(**fields)
 
@@ -156,12 +157,12 @@ def test_a_lying_header_is_refused(fields):
         ({"pairs": (pair("split.count", 2, struct.pack("<H", 3)),)}, "--merge"),
     ],
 )
-def test_what_we_do_not_read_names_the_way_out(fields, way_out):
+def test_what_we_do_not_read_names_the_way_out(fields: dict[str, Any], way_out: str) -> None:
     with pytest.raises(UnsupportedCheckpoint, match=way_out):
         read(**fields)
 
 
-def test_a_header_without_end_is_refused_without_reading_it(tmp_path: Path):
+def test_a_header_without_end_is_refused_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(
         b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + pair("k", 8, struct.pack("<Q", 1 << 39))
@@ -175,7 +176,7 @@ SMALL = file_of(pairs=(pair("general.alignment", 4, struct.pack("<I", 32)),)).da
 
 
 @given(st.integers(0, len(SMALL) - 65), st.integers(0, 255))
-def test_no_changed_byte_escapes_the_error_tree(position, value):
+def test_no_changed_byte_escapes_the_error_tree(position: int, value: int) -> None:
     data = bytearray(SMALL)
     data[position] = value
     try:
@@ -186,12 +187,12 @@ def test_no_changed_byte_escapes_the_error_tree(position, value):
 
 
 @given(st.integers(0, len(SMALL) - 64 + 35))
-def test_no_truncated_file_is_accepted(length):
+def test_no_truncated_file_is_accepted(length: int) -> None:
     with pytest.raises(CheckpointError):
         read_header(MemoryFile("m.gguf", SMALL[:length]))
 
 
-def test_the_bin_is_the_file(tmp_path: Path):
+def test_the_bin_is_the_file(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "m.gguf")
     layout = plan_layout(raw_checkpoint({"m.gguf": path.read_bytes(), "README.md": b"x"}))
     data = bytearray(layout.size_bytes)
@@ -201,6 +202,6 @@ def test_the_bin_is_the_file(tmp_path: Path):
     assert layout.side_files == ()
 
 
-def test_a_file_without_tensors_is_refused():
+def test_a_file_without_tensors_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no tensors"):
         plan_layout(raw_checkpoint({"m.gguf": file_of(rows=()).data}))

@@ -77,13 +77,13 @@ def indexes(draw: st.DrawFn) -> Index:
 
 
 @given(indexes())
-def test_what_is_encoded_is_decoded(index: Index):
+def test_what_is_encoded_is_decoded(index: Index) -> None:
     data = encode_index(index)
     assert decode_index(data) == index
     assert encode_index(decode_index(data)) == data
 
 
-def test_is_json_with_a_line_for_each_tensor_and_chunk():
+def test_is_json_with_a_line_for_each_tensor_and_chunk() -> None:
     text = encode_index(GOOD).decode()
     assert list(json.loads(text)) == list(Index.__struct_fields__)
     assert text.count('\n{"name":') == 3
@@ -91,7 +91,7 @@ def test_is_json_with_a_line_for_each_tensor_and_chunk():
     assert text.endswith("\n")
 
 
-def test_the_order_of_aliases_does_not_change_the_identity():
+def test_the_order_of_aliases_does_not_change_the_identity() -> None:
     names = ("model.embed_tokens.weight", "model.norm.weight")
     one = {"a": names[0], "b": names[1]}
     two = {"b": names[1], "a": names[0]}
@@ -100,18 +100,18 @@ def test_the_order_of_aliases_does_not_change_the_identity():
     assert len(ids.pop()) == 64
 
 
-def test_unknown_fields_of_a_later_writer_are_passed_over():
+def test_unknown_fields_of_a_later_writer_are_passed_over() -> None:
     parsed = json.loads(encode_index(GOOD)) | {"note": ["new"]}
     assert decode_index(json.dumps(parsed).encode()) == GOOD
 
 
-def test_chunks_cover_the_bin():
+def test_chunks_cover_the_bin() -> None:
     assert [GOOD.chunk_range(n) for n in range(2)] == [(0, 4096), (4096, 904)]
 
 
-def test_a_newer_version_says_so():
+def test_a_newer_version_says_so() -> None:
     data = json.dumps({"format": "sllm-checkpoint", "version": 2, "shape": "unknown"}).encode()
-    with pytest.raises(CheckpointError, match="version 2.*upgrade"):
+    with pytest.raises(CheckpointError, match=r"version 2.*upgrade"):
         decode_index(data)
 
 
@@ -191,7 +191,7 @@ DIGEST = {"blake3": "ab" * 32, "crc32c": 7}
         (("aliases",), []),
     ],
 )
-def test_what_cannot_be_true_is_refused(path, value):
+def test_what_cannot_be_true_is_refused(path: tuple[str | int, ...], value: object) -> None:
     with pytest.raises(CheckpointError):
         decode_index(_changed(path, value))
 
@@ -213,12 +213,12 @@ def test_what_cannot_be_true_is_refused(path, value):
     ],
     ids=lambda data: repr(data[:20]),
 )
-def test_what_is_no_index_is_refused(data):
+def test_what_is_no_index_is_refused(data: bytes) -> None:
     with pytest.raises(CheckpointError):
         decode_index(data)
 
 
-def test_too_many_tensors_are_refused():
+def test_too_many_tensors_are_refused() -> None:
     many = json.loads(encode_index(GOOD))
     many["tensors"] = [
         {"name": str(n), "dtype": "U8", "shape": [0], "offset": 0, "size_bytes": 0}
@@ -237,7 +237,7 @@ def test_too_many_tensors_are_refused():
         ('"size_bytes": 5000', '"size_bytes": 5000, "\\u0073ize_bytes": 5000'),
     ],
 )
-def test_a_key_that_occurs_twice_is_refused(key, again):
+def test_a_key_that_occurs_twice_is_refused(key: str, again: str) -> None:
     text = encode_index(GOOD).decode()
     assert key in text
     with pytest.raises(CheckpointError, match="occurs twice"):
@@ -245,7 +245,7 @@ def test_a_key_that_occurs_twice_is_refused(key, again):
 
 
 @given(st.integers(0, len(encode_index(GOOD)) - 1), st.integers(0, 7))
-def test_no_flipped_bit_escapes_the_error_tree(position: int, bit: int):
+def test_no_flipped_bit_escapes_the_error_tree(position: int, bit: int) -> None:
     data = bytearray(encode_index(GOOD))
     data[position] ^= 1 << bit
     try:
@@ -256,12 +256,12 @@ def test_no_flipped_bit_escapes_the_error_tree(position: int, bit: int):
 
 
 @given(st.integers(0, len(encode_index(GOOD)) - 3))
-def test_no_truncated_index_is_accepted(length: int):
+def test_no_truncated_index_is_accepted(length: int) -> None:
     with pytest.raises(CheckpointError):
         decode_index(encode_index(GOOD)[:length])
 
 
-def test_a_gguf_brings_its_own_alignment_and_types():
+def test_a_gguf_brings_its_own_alignment_and_types() -> None:
     block = Tensor(
         name="blk.0.ffn_up.weight", dtype="Q4_0", shape=(2, 32), offset=96, size_bytes=36
     )
@@ -281,7 +281,7 @@ def test_a_gguf_brings_its_own_alignment_and_types():
         )
 
 
-def test_layers_in_execution_order_whatever_the_order_of_the_bytes():
+def test_layers_in_execution_order_whatever_the_order_of_the_bytes() -> None:
     names = [
         "output.weight",
         "token_embd.weight",
@@ -298,7 +298,7 @@ def test_layers_in_execution_order_whatever_the_order_of_the_bytes():
     assert sum(len(layer.tensors) for layer in found) == len(names)
 
 
-def test_names_what_lies_in_a_range():
+def test_names_what_lies_in_a_range() -> None:
     assert tensor_at(GOOD, 0, 1) == "model.embed_tokens.weight"
     assert tensor_at(GOOD, 64, 4000) == "model.norm.weight"
     assert tensor_at(GOOD, 130, 1) == "config.json"

@@ -45,7 +45,7 @@ T5 = [
 
 
 @pytest.mark.parametrize("names", [LLAMA, GPT2, GGUF, VISION, T5], ids=lambda names: names[0])
-def test_sorts_into_execution_order(names):
+def test_sorts_into_execution_order(names: list[str]) -> None:
     shuffled = names.copy()
     random.Random(3).shuffle(shuffled)
     assert sorted(shuffled, key=execution_key) == names
@@ -68,6 +68,6 @@ def test_sorts_into_execution_order(names):
         ("mystery", Phase.EMBEDDING, "embedding"),
     ],
 )
-def test_places(name, phase, layer):
+def test_places(name: str, phase: Phase, layer: str) -> None:
     assert place(name).phase is phase
     assert place(name).name == layer

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError
 
 from serverlessllm.checkpoint.convert import plan_layout
+from serverlessllm.checkpoint.index import SideFile, Tensor
 from serverlessllm.checkpoint.layout import Layout
 from serverlessllm.checkpoint.sources.base import MemoryFile, open_file
 from serverlessllm.checkpoint.sources.pick import SHARD_MAP
 from serverlessllm.checkpoint.sources.safetensors import HEADER_BYTES_MAX, read_header
 from serverlessllm.core.errors import CheckpointError
 from serverlessllm.testing.checkpoints import RawTensorData, raw_checkpoint, safetensors_bytes
+
+deserialize: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -42,7 +48,7 @@ def layout_of(files: dict[str, bytes]) -> Layout:
 def content(layout: Layout) -> dict[str, bytes]:
     data = bytearray(layout.size_bytes)
     layout.read_into(0, memoryview(data))
-    parts = (*layout.tensors, *layout.side_files)
+    parts: tuple[Tensor | SideFile, ...] = (*layout.tensors, *layout.side_files)
     return {p.name: bytes(data[p.offset : p.offset + p.size_bytes]) for p in parts}
 
 
@@ -53,7 +59,7 @@ def u8(data: bytes) -> RawTensorData:
 GOOD = {"a": entry(0, 16), "b": entry(16, 64, "F32", [3, 4])}
 
 
-def test_reads_an_honest_header():
+def test_reads_an_honest_header() -> None:
     header = read_header(file_of({"__metadata__": {"format": "pt"}} | GOOD))
     assert [(t.name, t.dtype, t.shape, t.size_bytes) for t in header.tensors] == [
         ("a", "U8", (16,), 16),
@@ -99,18 +105,18 @@ LIES = {
 
 
 @pytest.mark.parametrize("header", LIES.values(), ids=LIES)
-def test_a_lying_header_is_refused(header):
+def test_a_lying_header_is_refused(header: object) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read_header(file_of(header))
 
 
 @pytest.mark.parametrize("data", [b"", bytes(7), b"\xff" * 8, (9).to_bytes(8, "little") + b"{}"])
-def test_a_header_that_does_not_fit_is_refused(data):
+def test_a_header_that_does_not_fit_is_refused(data: bytes) -> None:
     with pytest.raises(CheckpointError):
         read_header(MemoryFile("model.safetensors", data))
 
 
-def test_a_huge_header_is_refused_before_memory_is_taken(tmp_path):
+def test_a_huge_header_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes((HEADER_BYTES_MAX + 1).to_bytes(8, "little"))
     os.truncate(path, 1 << 40)
@@ -118,7 +124,7 @@ def test_a_huge_header_is_refused_before_memory_is_taken(tmp_path):
         read_header(open_file(path, model="m").files[path.name])
 
 
-def test_too_many_tensors_are_refused():
+def test_too_many_tensors_are_refused() -> None:
     many = {str(n): entry(0, 0) for n in range(200_001)}
     with pytest.raises(CheckpointError, match="200001 tensors"):
         read_header(file_of(many, b""))
@@ -128,7 +134,9 @@ GOOD_FILE = safetensors_bytes({"a": u8(b"1" * 16), "b": u8(b"2" * 48)}, {"format
 
 
 @given(st.integers(0, len(GOOD_FILE) - 65), st.integers(0, 255))
-def test_whatever_a_header_byte_becomes_we_accept_no_more_than_the_library(position, value):
+def test_whatever_a_header_byte_becomes_we_accept_no_more_than_the_library(
+    position: int, value: int
+) -> None:
     data = bytearray(GOOD_FILE)
     data[position] = value
     try:
@@ -140,14 +148,14 @@ def test_whatever_a_header_byte_becomes_we_accept_no_more_than_the_library(posit
 
 
 @given(st.integers(0, len(GOOD_FILE) - 1))
-def test_no_truncated_file_is_accepted(length):
+def test_no_truncated_file_is_accepted(length: int) -> None:
     with pytest.raises(CheckpointError):
         read_header(MemoryFile("model.safetensors", GOOD_FILE[:length]))
     with pytest.raises(SafetensorError):
         deserialize(GOOD_FILE[:length])
 
 
-def test_each_tensor_lies_aligned_with_its_own_bytes():
+def test_each_tensor_lies_aligned_with_its_own_bytes() -> None:
     tensors = {f"model.layers.{n}.w": u8(bytes([n]) * (n + 1)) for n in (10, 9, 2)}
     layout = layout_of({"model.safetensors": safetensors_bytes(tensors), "config.json": b"{}"})
     assert [t.name for t in layout.tensors] == [f"model.layers.{n}.w" for n in (2, 9, 10)]
@@ -166,7 +174,7 @@ def shards(weight_map: object) -> dict[str, bytes]:
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-def test_shards_are_one_model():
+def test_shards_are_one_model() -> None:
     layout = layout_of(shards({"a": ONE, "b": TWO}))
     assert content(layout) == {"a": b"one", "b": b"two", "c": b"see"}
 
@@ -184,12 +192,12 @@ def test_shards_are_one_model():
         [],
     ],
 )
-def test_a_lying_shard_map_is_refused(weight_map):
-    with pytest.raises(CheckpointError, match="index.json"):
+def test_a_lying_shard_map_is_refused(weight_map: object) -> None:
+    with pytest.raises(CheckpointError, match=r"index\.json"):
         layout_of(shards(weight_map))
 
 
-def test_a_tensor_in_two_shards_is_refused_unless_the_map_decides():
+def test_a_tensor_in_two_shards_is_refused_unless_the_map_decides() -> None:
     files = shards({"a": ONE, "b": TWO})
     files[TWO] = safetensors_bytes({"a": u8(b"xxx"), "b": u8(b"two")})
     assert content(layout_of(files))["a"] == b"one"
@@ -198,7 +206,7 @@ def test_a_tensor_in_two_shards_is_refused_unless_the_map_decides():
         layout_of(files)
 
 
-def test_two_names_of_the_same_bytes_are_stored_once():
+def test_two_names_of_the_same_bytes_are_stored_once() -> None:
     header = {HEAD: entry(0, 64), EMBEDDING: entry(0, 64)}
     layout = layout_of({"model.safetensors": file_of(header, b"e" * 64).data})
     assert layout.aliases == {HEAD: EMBEDDING}
@@ -206,20 +214,20 @@ def test_two_names_of_the_same_bytes_are_stored_once():
     assert content(layout) == {EMBEDDING: b"e" * 64}
 
 
-def test_the_same_bytes_read_differently_are_refused():
+def test_the_same_bytes_read_differently_are_refused() -> None:
     header = {"a": entry(0, 64), "b": entry(0, 64, "F32", [16])}
     with pytest.raises(CheckpointError, match="read the same bytes differently"):
         layout_of({"model.safetensors": file_of(header).data})
 
 
-def test_empty_tensors_share_nothing():
+def test_empty_tensors_share_nothing() -> None:
     tensors = {"a": u8(b""), "b": u8(b""), "c": u8(b"x")}
     layout = layout_of({"model.safetensors": safetensors_bytes(tensors)})
     assert content(layout) == {"a": b"", "b": b"", "c": b"x"}
     assert layout.aliases == {}
 
 
-def test_a_head_stored_twice_is_stored_once():
+def test_a_head_stored_twice_is_stored_once() -> None:
     same = {EMBEDDING: u8(b"e" * 3_000_000), HEAD: u8(b"e" * 3_000_000)}
     layout = layout_of({"model.safetensors": safetensors_bytes(same)})
     assert layout.aliases == {HEAD: EMBEDDING}
@@ -230,7 +238,7 @@ def test_a_head_stored_twice_is_stored_once():
     assert content(layout)[HEAD][-1:] == b"f"
 
 
-def test_a_tied_head_that_the_writer_left_out_is_an_alias():
+def test_a_tied_head_that_the_writer_left_out_is_an_alias() -> None:
     data = safetensors_bytes({EMBEDDING: u8(b"e")})
     tied = layout_of({"model.safetensors": data, "config.json": b'{"tie_word_embeddings": true}'})
     assert tied.aliases == {HEAD: EMBEDDING}
@@ -238,12 +246,12 @@ def test_a_tied_head_that_the_writer_left_out_is_an_alias():
     assert untied.aliases == {}
 
 
-def test_ties_noted_in_the_metadata_are_aliases():
+def test_ties_noted_in_the_metadata_are_aliases() -> None:
     metadata = {"format": "pt", "tied": EMBEDDING, "other": "nothing", EMBEDDING: EMBEDDING}
     data = safetensors_bytes({EMBEDDING: u8(b"e")}, metadata)
     assert layout_of({"model.safetensors": data}).aliases == {"tied": EMBEDDING}
 
 
-def test_a_file_without_tensors_is_refused():
+def test_a_file_without_tensors_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no tensors"):
         layout_of({"model.safetensors": safetensors_bytes({})})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ from serverlessllm.testing.checkpoints import raw_checkpoint
         "sentencepiece.bpe.model",
     ],
 )
-def test_engines_get_what_they_need(name):
+def test_engines_get_what_they_need(name: str) -> None:
     assert is_side_file(name)
 
 
@@ -56,7 +57,7 @@ def test_engines_get_what_they_need(name):
         "ⅷ_config.json",
     ],
 )
-def test_nothing_else_travels(name):
+def test_nothing_else_travels(name: str) -> None:
     assert not is_side_file(name)
 
 
@@ -65,14 +66,14 @@ def collected(files: dict[str, bytes]) -> tuple[dict[str, bytes], ModelConfig]:
     return {file.name: read_all(file, 1 << 20) for file in found}, config
 
 
-def test_a_config_without_code_keeps_its_bytes():
+def test_a_config_without_code_keeps_its_bytes() -> None:
     text = b'{"architectures":["LlamaForCausalLM"],  "limit": Infinity}'
     files, config = collected({"config.json": text, "x.py": b"import os"})
     assert files == {"config.json": text}
     assert config == ModelConfig(architecture="LlamaForCausalLM")
 
 
-def test_names_of_code_are_taken_out_at_any_depth():
+def test_names_of_code_are_taken_out_at_any_depth() -> None:
     content = {
         "auto_map": {"AutoModel": "modeling.Model"},
         "text_config": {"auto_map": {"AutoConfig": "x.y"}, "eps": 1e-05},
@@ -90,19 +91,19 @@ def test_names_of_code_are_taken_out_at_any_depth():
     assert config.tied_embeddings
 
 
-def test_a_vocabulary_may_have_the_word_auto_map():
+def test_a_vocabulary_may_have_the_word_auto_map() -> None:
     text = b'{"model": {"vocab": {"auto_map": 1}}}'
     assert collected({"tokenizer.json": text})[0] == {"tokenizer.json": text}
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b"[" * 100_000])
-def test_a_config_that_is_no_object_is_refused(text):
+def test_a_config_that_is_no_object_is_refused(text: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         collected({"config.json": text})
 
 
 @pytest.mark.parametrize("value", [None, "x", [], [None], [""], {}])
-def test_odd_architectures_are_none(value):
+def test_odd_architectures_are_none(value: object) -> None:
     text = json.dumps({"architectures": value}).encode()
     assert collected({"config.json": text})[1].architecture is None
 
@@ -111,7 +112,9 @@ def test_odd_architectures_are_none(value):
     ("name", "size_bytes"),
     [("tokenizer.json", SIDE_FILE_BYTES_MAX + 1), ("config.json", CONFIG_BYTES_MAX + 1)],
 )
-def test_too_long_a_file_is_refused_before_it_is_read(tmp_path, name, size_bytes):
+def test_too_long_a_file_is_refused_before_it_is_read(
+    tmp_path: Path, name: str, size_bytes: int
+) -> None:
     (tmp_path / name).touch()
     os.truncate(tmp_path / name, size_bytes)
     with pytest.raises(CheckpointError, match=name):

@@ -11,7 +11,7 @@ from serverlessllm.checkpoint.sources.base import open_file, open_folder, read_a
 from serverlessllm.core.errors import CheckpointError, SourceUnavailable
 
 
-def test_reads_at_an_offset(tmp_path: Path):
+def test_reads_at_an_offset(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
     file = open_folder(tmp_path, model="m").files["a"]
     assert file.size_bytes == 10
@@ -20,7 +20,7 @@ def test_reads_at_an_offset(tmp_path: Path):
         read_at(file, 8, 4)
 
 
-def test_only_files_at_the_top_count(tmp_path: Path):
+def test_only_files_at_the_top_count(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     (tmp_path / ".hidden").touch()
     (tmp_path / "folder").mkdir()
@@ -30,13 +30,13 @@ def test_only_files_at_the_top_count(tmp_path: Path):
     assert str(tmp_path.parent) not in raw.source
 
 
-def test_a_link_inside_the_folder_is_followed(tmp_path: Path):
+def test_a_link_inside_the_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(b"x")
     (tmp_path / "link").symlink_to("real")
     assert open_folder(tmp_path, model="m").files["link"].size_bytes == 1
 
 
-def test_a_link_out_of_the_folder_is_refused(tmp_path: Path):
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"x")
     folder = tmp_path / "model"
     folder.mkdir()
@@ -45,7 +45,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path):
         open_folder(folder, model="m")
 
 
-def test_the_hub_cache_links_to_its_blobs_and_nowhere_else(tmp_path: Path):
+def test_the_hub_cache_links_to_its_blobs_and_nowhere_else(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -57,7 +57,7 @@ def test_the_hub_cache_links_to_its_blobs_and_nowhere_else(tmp_path: Path):
         open_folder(snapshot, model="m")
 
 
-def test_a_link_that_the_operator_names_is_followed(tmp_path: Path):
+def test_a_link_that_the_operator_names_is_followed(tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(b"GGUF")
     (tmp_path / "m.gguf").symlink_to("blob")
     assert open_file(tmp_path / "m.gguf", model="m").files["m.gguf"].size_bytes == 4
@@ -67,18 +67,18 @@ def test_a_link_that_the_operator_names_is_followed(tmp_path: Path):
     assert open_folder(tmp_path / "alias", model="m").files == {}
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path):
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="not a regular file"):
         open_folder(tmp_path, model="m")
 
 
-def test_a_device_is_refused():
+def test_a_device_is_refused() -> None:
     with pytest.raises(CheckpointError, match="not a regular file"):
         open_file(Path("/dev/zero"), model="m")
 
 
-def test_what_is_missing_or_dangling_is_unavailable(tmp_path: Path):
+def test_what_is_missing_or_dangling_is_unavailable(tmp_path: Path) -> None:
     with pytest.raises(SourceUnavailable):
         open_folder(tmp_path / "none", model="m")
     with pytest.raises(SourceUnavailable):
@@ -88,7 +88,7 @@ def test_what_is_missing_or_dangling_is_unavailable(tmp_path: Path):
         open_folder(tmp_path, model="m")
 
 
-def test_a_file_that_changes_between_reads_is_noticed(tmp_path: Path):
+def test_a_file_that_changes_between_reads_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"before")
     file = open_file(path, model="m").files["a"]
@@ -98,7 +98,7 @@ def test_a_file_that_changes_between_reads_is_noticed(tmp_path: Path):
         read_at(file, 0, 6)
 
 
-def test_a_link_swapped_in_later_is_not_followed(tmp_path: Path):
+def test_a_link_swapped_in_later_is_not_followed(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"before")
     (tmp_path / "secret").write_bytes(b"secret")

@@ -24,6 +24,7 @@ from serverlessllm.core.errors import CheckpointError
 from serverlessllm.core.units import MIB
 
 HEADER_BYTES_MAX = 64 * MIB
+_PROBE_BYTES = 4096
 _COMPARE_BYTES = 1 * MIB
 _METADATA = "__metadata__"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -188,12 +189,14 @@ def _untie_head(kept: dict[str, RawTensor], aliases: dict[str, str]) -> None:
         or (head.dtype, head.shape) != (embedding.dtype, embedding.shape)
     ):
         return
-    for start in range(0, head.size_bytes, _COMPARE_BYTES):
-        size = min(_COMPARE_BYTES, head.size_bytes - start)
+    start, size = 0, _PROBE_BYTES  # most heads differ in their first bytes
+    while start < head.size_bytes:
+        size = min(size, head.size_bytes - start)
         if read_at(head.file, head.offset + start, size) != read_at(
             embedding.file, embedding.offset + start, size
         ):
             return
+        start, size = start + size, _COMPARE_BYTES
     del kept[_HEAD]
     for alias in [alias for alias, name in aliases.items() if name == _HEAD]:
         aliases[alias] = _EMBEDDING
