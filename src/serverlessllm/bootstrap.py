@@ -120,14 +120,19 @@ def build_ingestion(parts: Parts) -> Ingestion:
 
 def build_orchestrator(parts: Parts, ingestion: Ingestion) -> Orchestrator:
     """The front door, not yet started."""
+    settings = parts.loaded.settings
     return Orchestrator(
-        parts.loaded.settings.orchestrator,
+        settings.orchestrator,
         registry=parts.registry,
         ingestion=ingestion,
         store=parts.store,
         clock=parts.clock,
         token=parts.token,
         run_dir=parts.loaded.paths.runtime_dir,
+        scheduler=settings.scheduler,
+        edge=settings.edge,
+        upstream=settings.upstream,
+        limits=settings.limits,
     )
 
 

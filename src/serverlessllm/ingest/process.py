@@ -57,7 +57,7 @@ class WorkerProcess:
             stdout=PIPE,
             stderr=PIPE,
             env=environment,
-            process_group=0,
+            start_new_session=True,  # its own group, in the spelling that uvloop knows too
         )
         self._drain = asyncio.create_task(self._keep_log_tail(), name="ingest worker's log")
         await self._send(self._request)
