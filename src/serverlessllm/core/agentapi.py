@@ -32,6 +32,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_level: CacheLevel = CacheLevel.DEVICE
     keep_alive_s: float | None = None
     """Overrides the spec's until the next request says otherwise."""
+    instances: int = 1
+    """How many the agent shall run of it, within the spec's `max_replicas`."""
 
 
 class UnloadRequest(msgspec.Struct, frozen=True, kw_only=True):
