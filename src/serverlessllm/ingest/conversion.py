@@ -169,6 +169,7 @@ class Conversion:
 
 def _failure(report: Failed) -> SLLMError:
     error = error_of(report.error)
+    error.param = report.param
     error.retry_after_s = report.retry_after_s
     return error
 

@@ -37,6 +37,7 @@ _SOURCE = re.compile(
     rf"hf://(?P<repo>{_PART}/{_PART}?)(?:@(?P<revision>[A-Za-z0-9._-]+))?(?:/(?P<file>{_PART}))?"
 )
 _RETRY_AFTER_S_MAX = 120.0
+_BAD_TOKEN = "Invalid credentials in Authorization header"  # noqa: S105 - the hub's own words
 
 
 class HubName(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,7 +149,7 @@ def _translate(error: Exception, name: HubName, model: ModelId) -> SLLMError:
         return ModelNotFound(
             f"model {model}: {name.repo} has no revision {name.revision!r}", param="model"
         )
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, RepositoryNotFoundError) or _is_absent(error):
         return ModelNotFound(
             f"model {model} is not registered, and {host} has no {name.repo} (or it is private: "
             "then set HF_TOKEN)",
@@ -171,6 +172,20 @@ def _translate(error: Exception, name: HubName, model: ModelId) -> SLLMError:
     return SourceUnavailable(
         f"model {model}: {host} answers with status {status}: try again later", retry_after_s=5.0
     )
+
+
+def _is_absent(error: Exception) -> bool:
+    """Whether a hub without the usual codes means that there is no such model.
+
+    A hub answers 401 for what does not exist, unless it says that the token itself is wrong.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(error, HfHubHTTPError) or error.response is None:
+        return False
+    said = error.response.headers.get("x-error-message")
+    status = error.response.status_code
+    return status == 404 or (status == 401 and said != _BAD_TOKEN)
 
 
 def _unreachable(host: str, model: ModelId) -> SourceUnavailable:

@@ -57,6 +57,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """It cannot be done; the worker ends."""
 
     error: JobError
+    param: str | None = None
     retry_after_s: float | None = None
 
 

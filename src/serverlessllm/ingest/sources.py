@@ -6,20 +6,20 @@ straight from where they lie, so no raw copy is ever on disk.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import blake3
+import msgspec
 
 from serverlessllm.checkpoint.sources.base import RawCheckpoint, RawFile, open_file, open_folder
+from serverlessllm.checkpoint.sources.pick import pick
 from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.errors import (
     InvalidRequest,
     ModelNotFound,
     SLLMError,
-    UnsupportedCheckpoint,
 )
 from serverlessllm.core.ids import ModelId, model_name
 from serverlessllm.ingest.hub import open_hub
@@ -29,7 +29,6 @@ from serverlessllm.store.errors import ObjectMissing
 from serverlessllm.store.open import open_objects
 
 _REVISION_HEX = 16
-_PREFERRED_GGUF = re.compile(r"q4_k_m", re.IGNORECASE)
 
 
 def open_source(
@@ -58,7 +57,7 @@ def open_source(
                 "file:///folder, s3://, az:// or gs://",
                 param="source",
             )
-    return _choose(raw)
+    return _picked(raw)
 
 
 def _open_local(path: Path, model: ModelId) -> RawCheckpoint:
@@ -70,13 +69,7 @@ def _open_local(path: Path, model: ModelId) -> RawCheckpoint:
         )
     opened = open_folder if path.is_dir() else open_file
     raw = opened(path, model=model_name(model))
-    return RawCheckpoint(
-        files=raw.files,
-        model=raw.model,
-        source=raw.source,
-        revision=f"local-{_digest(raw.files)}",
-        license=raw.license,
-    )
+    return msgspec.structs.replace(raw, revision=f"local-{_digest(raw.files)}")
 
 
 def _open_bucket(
@@ -121,33 +114,8 @@ def _digest(files: Mapping[str, RawFile]) -> str:
     return digest.hexdigest()[:_REVISION_HEX]
 
 
-def _choose(raw: RawCheckpoint) -> RawCheckpoint:
-    """Leave one set of weights: safetensors before GGUF, and of several GGUF the usual one.
-
-    A source with neither is left as it is: the converter says why it cannot be used.
-    """
-    ggufs = sorted(name for name in raw.files if name.lower().endswith(".gguf"))
-    if any(name.endswith(".safetensors") for name in raw.files):
-        kept = {name: file for name, file in raw.files.items() if name not in ggufs}
-    elif ggufs:
-        name = ggufs[0] if len(ggufs) == 1 else _usual(ggufs, raw.source)
-        kept = {name: raw.files[name]}
-    else:
-        return raw
-    return RawCheckpoint(
-        files=kept,
-        model=raw.model,
-        source=raw.source,
-        revision=raw.revision,
-        license=raw.license,
-    )
-
-
-def _usual(names: list[str], source: str) -> str:
-    preferred = [name for name in names if _PREFERRED_GGUF.search(name)]
-    if len(preferred) == 1:
-        return preferred[0]
-    raise UnsupportedCheckpoint(
-        f"{source} has {len(names)} GGUF files: name one of them in the source, such as "
-        f"{source}/{names[0]}"
+def _picked(raw: RawCheckpoint) -> RawCheckpoint:
+    """Only the files that will be read. Raises CheckpointError when there is no model in it."""
+    return msgspec.structs.replace(
+        raw, files={name: raw.files[name] for name in pick(raw.files).names}
     )

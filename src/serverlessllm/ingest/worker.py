@@ -107,7 +107,10 @@ def _checked_size(raw: RawCheckpoint, request: WorkRequest) -> int:
 
 
 def _fail(reports: BinaryIO, error: SLLMError) -> None:
-    _say(reports, Failed(error=record_of(error), retry_after_s=error.retry_after_s))
+    _say(
+        reports,
+        Failed(error=record_of(error), param=error.param, retry_after_s=error.retry_after_s),
+    )
 
 
 def _say(reports: BinaryIO, report: Report) -> None:

@@ -103,6 +103,16 @@ class HubServer:
         )
         return commit
 
+    def reset(self) -> None:
+        """Forget every model, fault and figure."""
+        self.faults = Faults()
+        self.requests.clear()
+        self.bytes_sent = 0
+        self.tokens.clear()
+        self.gate.set()
+        self._repositories.clear()
+        self._struck = 0
+
     def repository(self, name: str) -> Repository | None:
         """The model of that name."""
         return self._repositories.get(name)
@@ -257,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
             "accept-ranges": "bytes",
             "content-type": "application/octet-stream",
         }
-        if (start, end) != (0, size):
+        if "range" in self.headers:
             headers["content-range"] = f"bytes {start}-{end - 1}/{size}"
         self._head(206 if "content-range" in headers else 200, end - start, headers)
         if not with_body:
