@@ -7,7 +7,9 @@ import fcntl
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors
 
 from serverlessllm.checkpoint.convert import ChunkDone, Converted, convert
 from serverlessllm.checkpoint.index import checkpoint_id, decode_index
@@ -82,6 +84,28 @@ def test_what_is_converted_is_what_it_says(tmp_path: Path, folder: Path) -> None
     for side in converted.index.side_files:
         stored = data[side.offset : side.offset + side.size_bytes]
         assert stored == (folder / side.name).read_bytes()
+
+
+def test_what_the_safetensors_library_wrote_passes_through(tmp_path: Path) -> None:
+    dtypes = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint8", "float64")
+    sizes = (2, 1, 1, 1, 1, 8)
+    weights = [np.frombuffer(os.urandom(35 * size), dtype=np.uint8) for size in sizes]
+    specs = {
+        f"model.layers.{n}.weight": safetensors.TensorSpec(
+            dtype=dtype, shape=(5, 7), data_ptr=weight.ctypes.data, data_len=weight.nbytes
+        )
+        for n, (dtype, weight) in enumerate(zip(dtypes, weights, strict=True))
+    }
+    data: bytes = safetensors.serialize(specs, {"format": "pt"})
+    converted = convert(raw_checkpoint({"model.safetensors": data}), tmp_path, chunk_bytes=4096)
+    stored = converted.bin_path.read_bytes()
+    theirs = dict(safetensors.deserialize(data))
+    assert len(theirs) == len(converted.index.tensors) == len(dtypes)
+    for tensor in converted.index.tensors:
+        read = theirs[tensor.name]
+        assert (tensor.dtype, list(tensor.shape)) == (read["dtype"], read["shape"])
+        found = stored[tensor.offset : tensor.offset + tensor.size_bytes]
+        assert found == bytes(read["data"]) == weights[int(tensor.name.split(".")[2])].tobytes()
 
 
 def test_a_gguf_is_its_bin(tmp_path: Path) -> None:
