@@ -101,7 +101,12 @@ async def refusal(response: Response) -> SLLMError:
         fields = _errors.decode(await response.read()).error
     except msgspec.MsgspecError:
         return BackendProtocolError(f"the agent answered with status {response.status}")
-    return error_of(JobError(code=fields.code, message=fields.message, status=response.status))
+    error = error_of(JobError(code=fields.code, message=fields.message, status=response.status))
+    error.param = fields.param
+    wait = response.headers.get("retry-after")
+    if wait is not None and wait.isdecimal():
+        error.retry_after_s = float(wait)
+    return error
 
 
 def _decoded(line: bytes) -> LoadEvent:
