@@ -12,6 +12,8 @@ import msgspec
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_PIPE_COLUMNS = 10_000
+
 
 def print_json(value: object) -> None:
     """One value, indented."""
@@ -37,9 +39,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[RenderableType]]
         )
     for row in rows:
         table.add_row(*row)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+        return
     # Piped into another program, a row stays one line however long it is.
-    width = None if sys.stdout.isatty() else 10_000
-    Console(width=width, soft_wrap=width is not None, highlight=False).print(table)
+    console = Console(width=_PIPE_COLUMNS, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 class Bar(Protocol):

@@ -1,0 +1,71 @@
+"""Starting and stopping: the system as its operator handles it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import openai
+import pytest
+from tests.e2e.system import run
+
+from serverlessllm.testing.management import register
+from serverlessllm.testing.processes import sllm
+
+
+@pytest.mark.parametrize("verb", ["serve", "orchestrator", "agent"])
+def test_sigterm_ends_it_in_good_order(data_dir, verb):
+    arguments = () if verb == "agent" else ("--port", "0")
+    with sllm(verb, *arguments, data_dir=data_dir) as running:
+        assert running.stop() == 0
+    assert "Traceback" not in running.log.read_text()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_answers(data_dir):
+    with (
+        sllm("serve", "--port", "0", data_dir=data_dir) as running,
+        openai.OpenAI(base_url=f"{running.address}/v1", api_key="unused", timeout=60) as client,
+    ):
+        options = {"tokens": "1000", "token_s": "1"}
+        register(running.address, model="slow", backend="fake", options=options)
+        with client.chat.completions.create(
+            model="slow", messages=[{"role": "user", "content": "Go."}], stream=True
+        ) as stream:
+            next(iter(stream))
+            os.kill(running.pid, signal.SIGINT)
+            deadline_s = time.monotonic() + 30
+            while "draining" not in running.log.read_text():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.01)
+            assert running.alive
+            os.kill(running.pid, signal.SIGINT)
+            assert running.wait() == 130
+
+
+def test_a_port_that_is_taken_names_the_cure(server, data_dir):
+    port = server.url.rpartition(":")[2]
+    done = run("serve", "--port", port, "--data-dir", str(data_dir))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "--port 0" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_restart_finds_what_it_had(data_dir, weights):
+    with sllm("serve", "--port", "0", data_dir=data_dir) as running:
+        register(running.address, model="tiny", source=weights.as_uri(), backend="llamacpp")
+        assert run("load", "tiny", url=running.address).returncode == 0
+    with sllm("serve", "--port", "0", data_dir=data_dir) as running:
+        loaded = run("load", "tiny", url=running.address)
+        assert loaded.returncode == 0, loaded.stderr
+        assert "(0 B moved" in loaded.stdout
+
+
+def test_the_demo_answers_three_times(data_dir):
+    done = run("demo", "--once", "--data-dir", str(data_dir), timeout_s=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("= to first token") == 3
+    cold, warm, hot = done.stdout.split("> What is 2+2?")[1:]
+    assert "fetch store→" in cold
+    assert "store→" not in warm + hot
