@@ -1,0 +1,103 @@
+"""`sllm` processes, started and ended as a user would: for end-to-end tests and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from serverlessllm.core.ids import Address
+from serverlessllm.loader.settings import default_dram_dir
+
+_STOP_TIMEOUT_S = 60.0
+
+
+class Process:
+    """One running `sllm` verb that serves, and the address it announced."""
+
+    def __init__(self, process: subprocess.Popen[str], address: Address, log: Path) -> None:
+        self._process = process
+        self.address = address
+        self.log = log
+        """Its stderr."""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """`kill -9`, and wait for the kernel to have done it."""
+        self._process.kill()
+        self._process.wait(_STOP_TIMEOUT_S)
+
+    def stop(self) -> int:
+        """SIGTERM; its exit status."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Until it ends of itself; its exit status."""
+        return self._process.wait(_STOP_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def sllm(verb: str, *arguments: str, data_dir: Path, name: str | None = None) -> Iterator[Process]:
+    """Run `sllm VERB` on `data_dir` until the block ends; yields when it is ready.
+
+    `name` names its log among those of the same verb.
+
+    Raises:
+        RuntimeError: it ended before it was ready; carries its last words.
+    """
+    log = data_dir / f"{name or verb}.stderr"
+    command = [sys.executable, "-m", "serverlessllm.cli.main", verb, *arguments]
+    command += ["--data-dir", str(data_dir)]
+    for part in ("orchestrator", "edge"):  # nobody balances traffic over a test
+        command += ["--set", f"{part}.drain_accept_s=0"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLLM_")}
+    with log.open("ab") as stderr:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+        )
+    assert process.stdout is not None
+    try:
+        yield Process(process, _announced(process, log), log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+@contextlib.contextmanager
+def data_directory(parent: Path, name: str = "data") -> Iterator[Path]:
+    """A data directory; its DRAM tier is removed with it."""
+    directory = parent / name
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(default_dram_dir(directory), ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _announced(process: subprocess.Popen[str], log: Path) -> Address:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ready on "):
+            return Address(line.split()[2])
+    process.wait()
+    raise RuntimeError(f"sllm ended with status {process.returncode}: {log.read_text()[-2000:]}")
