@@ -93,18 +93,27 @@ class Database:
     def _open(self, busy_timeout_s: float) -> None:
         self._enter_wal(busy_timeout_s)
         self._db.execute("PRAGMA synchronous=NORMAL")
-        with self._transaction():
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version > LAYOUT_VERSION:
-                raise NewerLayout(f"layout {version}, this program knows {LAYOUT_VERSION}")
-            if version < LAYOUT_VERSION:
-                for statement in _LAYOUT.split(";"):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version={LAYOUT_VERSION}")
-            (boot,) = self._db.execute("SELECT boot FROM state").fetchone()
-            if boot != self._boot:
-                self._end_leases("SELECT id FROM leases", ())
-                self._db.execute("UPDATE state SET boot=?", (self._boot,))
+        if not self._ready():  # opening what is in order waits for no writer
+            with self._transaction():
+                self._prepare()
+
+    def _ready(self) -> bool:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > LAYOUT_VERSION:
+            raise NewerLayout(f"layout {version}, this program knows {LAYOUT_VERSION}")
+        if version < LAYOUT_VERSION:
+            return False
+        (boot,) = self._db.execute("SELECT boot FROM state").fetchone()
+        return bool(boot == self._boot)
+
+    def _prepare(self) -> None:
+        for statement in _LAYOUT.split(";"):
+            self._db.execute(statement)
+        self._db.execute(f"PRAGMA user_version={LAYOUT_VERSION}")
+        (boot,) = self._db.execute("SELECT boot FROM state").fetchone()
+        if boot != self._boot:
+            self._end_leases("SELECT id FROM leases", ())
+            self._db.execute("UPDATE state SET boot=?", (self._boot,))
 
     def _enter_wal(self, busy_timeout_s: float) -> None:
         # SQLite does not wait when two processes change the mode of a new file at once.

@@ -244,7 +244,9 @@ class SqliteMetadata:
             timer.cancel()
 
     async def _set_at(self, deadline_s: float, wake: asyncio.Event) -> None:
-        await self._clock.sleep(max(0.0, deadline_s - self._clock.now_s()))
+        left_s = deadline_s - self._clock.now_s()
+        if left_s > 0:
+            await self._clock.sleep(left_s)
         wake.set()
 
 
