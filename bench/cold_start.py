@@ -1,6 +1,6 @@
 """Cold start against its bound: the backend's own start on the same file, plus the bytes' way.
 
-    python bench/cold_start.py [--rounds 9]
+    python -m bench.cold_start [--rounds 9]
 
 One run, interleaved rounds, medians. Each case is the time to the whole answer of the same
 one-token chat:
@@ -27,7 +27,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from server import MODEL, served
+from bench.server import MODEL, served
+
 from serverlessllm.backends.base import Launch, Node
 from serverlessllm.backends.llamacpp import LlamaCpp
 from serverlessllm.checkpoint.index import decode_index

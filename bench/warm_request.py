@@ -1,6 +1,6 @@
 """A warm request against its bound: the same request, straight to the backend's socket.
 
-    python bench/warm_request.py [--requests 2000]
+    python -m bench.warm_request [--requests 2000]
 
 One run, alternating requests from one client over kept connections, medians. The backend is the
 fake one with no token time, so that nothing but the way is measured. `serve`: client → edge of
@@ -16,7 +16,8 @@ import socket
 import statistics
 import time
 
-from server import Server, served
+from bench.server import Server, served
+
 from serverlessllm.testing.management import register
 
 BODY = json.dumps(

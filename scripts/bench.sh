@@ -25,8 +25,8 @@ fi
 
 mkdir -p bench/results
 names=("$@")
-((${#names[@]})) || names=(edge cold_start)
+((${#names[@]})) || names=(cold_start warm_request load_tiers edge)
 for name in "${names[@]}"; do
     echo "== $name"
-    .venv/bin/python "bench/$name.py" | tee "bench/results/$name.txt"
+    .venv/bin/python -m "bench.$name" | tee "bench/results/$name.txt"
 done
