@@ -135,7 +135,7 @@ def _dram(loaded: Loaded) -> Finding:
     budget = settings.dram_budget_bytes or default_dram_budget_bytes(directory)
     free = shutil.disk_usage(mount).free
     text = f"{directory}, budget {format_size(budget)}, {format_size(free)} free"
-    if free < min(budget, GIB):
+    if free < min(settings.dram_budget_bytes or GIB, GIB):
         return Finding(
             name="dram tier",
             health=Health.POOR,

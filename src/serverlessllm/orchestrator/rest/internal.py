@@ -44,6 +44,7 @@ class InternalServer:
                 lifespan="off",
                 access_log=False,
                 log_config=None,
+                log_level="warning",
                 timeout_graceful_shutdown=1,
             )
         )
