@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import CacheLevel
-from serverlessllm.core.errors import OutOfSpace, SLLMError
+from serverlessllm.core.errors import LoadFailed, OutOfSpace, SLLMError
 from serverlessllm.core.ids import CheckpointId
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.loader.adoption import Leftovers, Spawn
@@ -58,23 +60,10 @@ class Bringer:
     async def bring(self, ref: CheckpointRef, level: CacheLevel, report: Report) -> Brought:
         """`ref` at `level` or nearer, held; raises what `Loader.load` does."""
         meter = Meter(self._clock, self._settings.progress_interval_s, report)
-        wanted = max(level, CacheLevel.DRAM)
-        await self._leftovers.check(ref.id)
-        while True:
-            found = await self._nearest(ref)
-            if found is not None and found.tier.level <= wanted:
-                break
-            try:
-                brought = await self._copy(ref, wanted, found, meter)
-            finally:
-                if found is not None:
-                    found.release()
-            if brought is not None:
-                found = brought
-                break
-            await self._wait_for_peer(ref, wanted, meter)
-        self._references.keep(found.tier.level, found.held)
-        return found
+        with _disk_errors():
+            brought = await self._bring(ref, max(level, CacheLevel.DRAM), meter)
+        self._references.keep(brought.tier.level, brought.held)
+        return brought
 
     async def written_behind(self, checkpoint: CheckpointId) -> None:
         """Return when no copy of it is being written behind."""
@@ -87,6 +76,21 @@ class Bringer:
             self._behind[checkpoint].cancel()
             await outlast(self._behind[checkpoint])
 
+    async def _bring(self, ref: CheckpointRef, wanted: CacheLevel, meter: Meter) -> Brought:
+        await self._leftovers.check(ref.id)
+        while True:
+            found = await self._nearest(ref)
+            if found is not None and found.tier.level <= wanted:
+                return found
+            try:
+                brought = await self._copy(ref, wanted, found, meter)
+            finally:
+                if found is not None:
+                    found.release()
+            if brought is not None:
+                return brought
+            await self._wait_for_peer(ref, wanted, meter)
+
     async def _nearest(self, ref: CheckpointRef) -> Brought | None:
         """The nearest copy on this node, held."""
         for level in (CacheLevel.DRAM, CacheLevel.NVME):
@@ -98,7 +102,11 @@ class Bringer:
 
     def _find(self, tier: TierDirectory, ref: CheckpointRef) -> Brought | None:
         """Its copy in one tier; one that is not whole is removed instead. Blocks."""
-        held = tier.hold(ref.id)
+        try:
+            held = tier.hold(ref.id)
+        except OSError as error:  # a failing disk must not stop loads from the store
+            _log.warning("a tier cannot be read", tier=tier.level.tier, error=repr(error))
+            return None
         if held is None:
             return None
         index = self._indexes.of_tier(tier, ref.id)
@@ -158,7 +166,8 @@ class Bringer:
     async def _behind_run(self, copy: Copy, job: Job, source: Held) -> None:
         meter = Meter(self._clock, self._settings.progress_interval_s, _tell_nobody)
         try:
-            filled = await self._pipeline.run(copy, job, source, meter)
+            with _disk_errors():
+                filled = await self._pipeline.run(copy, job, source, meter)
         except SLLMError as error:  # the load itself succeeded; the next one is slower
             _log.warning("no nvme copy", checkpoint=job.ref.id, code=error.code)
             return
@@ -170,6 +179,18 @@ class Bringer:
         meter.begin(QUEUE, ref.size_bytes)
         partial = self._tiers[wanted].directory.partial_path(ref.id)
         await wait_unlocked(partial, self._clock, self._settings.peer_wait_s_max)
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """What the file system says, in the words of the error contract."""
+    try:
+        yield
+    except OSError as error:
+        raise LoadFailed(
+            f"a tier of the agent failed ({os.strerror(error.errno or 0)}): see its disk",
+            retry_after_s=5.0,
+        ) from error
 
 
 def _release(found: Brought | None) -> None:

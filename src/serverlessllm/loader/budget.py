@@ -99,6 +99,7 @@ def reserve(
     Raises:
         OutOfSpace: too much is held, or the file system is too full; nothing was evicted.
     """
+    tier.prepare()  # who cleans /dev/shm on logout must not stop a daemon for good
     with tier.lock():
         tier.sweep()
         if tier.bin_path(checkpoint).exists() or tier.partial_path(checkpoint).exists():

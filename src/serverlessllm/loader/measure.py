@@ -59,17 +59,16 @@ def measure_disk(directory: Path) -> float:
     size = _BLOCK_BYTES * _BLOCKS
     offsets = range(0, size, _BLOCK_BYTES)
     with contextlib.ExitStack() as stack:
-        memory = stack.enter_context(mmap.mmap(-1, size))
+        memory = mmap.mmap(-1, size)
         memory.write(os.urandom(_BLOCK_BYTES) * _BLOCKS)  # some disks are quick with zeros only
-        view = stack.enter_context(memoryview(memory))
+        view = memoryview(memory)
         nameless = stack.enter_context(tempfile.TemporaryFile(dir=directory))
         file = DirectFile(Path(f"/proc/self/fd/{nameless.fileno()}"), os.O_RDWR)
         stack.callback(file.close)
         pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
 
         def read(offset: int) -> None:
-            with view[offset : offset + _BLOCK_BYTES] as block:
-                file.read_into(block, offset, _BLOCK_BYTES)
+            file.read_into(view[offset : offset + _BLOCK_BYTES], offset, _BLOCK_BYTES)
 
         os.posix_fallocate(nameless.fileno(), 0, size)
         file.write(view, 0)
@@ -78,8 +77,8 @@ def measure_disk(directory: Path) -> float:
 
 def measure_memcpy() -> float:
     """Bytes/s that one thread copies from memory to memory: its best round."""
-    source = bytes(_MEMCPY_BYTES)
-    target = bytearray(_MEMCPY_BYTES)
+    source = memoryview(bytearray(_MEMCPY_BYTES))
+    target = memoryview(bytearray(_MEMCPY_BYTES))
 
     def copy() -> None:
         target[:] = source

@@ -6,8 +6,10 @@ tier of this node. A chunk that fails is counted and fetched from the store agai
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
+import os
 from collections.abc import Sequence
 
 from blake3 import blake3
@@ -15,7 +17,7 @@ from crc32c import crc32c
 
 from serverlessllm.checkpoint.index import Index, tensor_at
 from serverlessllm.core.cluster import CacheLevel
-from serverlessllm.core.errors import CorruptChunk
+from serverlessllm.core.errors import CorruptChunk, OutOfSpace
 from serverlessllm.core.ids import CheckpointId
 from serverlessllm.loader.budget import whole_pages
 from serverlessllm.loader.plan import ChunkRange, hop_name
@@ -68,7 +70,10 @@ class Moves:
         self._quarantine(chunk, hop_name(CacheLevel.NVME, CacheLevel.DRAM))
         await self.store_to_dram(chunk, dram)
         self.refetched_bytes += chunk.size_bytes
-        await self._threads.run(write_view, dram, nvme, chunk)
+        try:
+            await self._threads.run(mend, dram, nvme, chunk)
+        except (OSError, OutOfSpace) as error:  # the disk is failing; the load need not
+            _log.warning("not mended", checkpoint=self._checkpoint, error=repr(error))
 
     async def _fetch(self, chunk: ChunkRange, target: CacheLevel) -> Sequence[memoryview]:
         """The chunk from the store, verified.
@@ -136,13 +141,15 @@ def write_view(dram: DramFile, nvme: DirectFile, chunk: ChunkRange) -> None:
         nvme.write(exact, chunk.offset)
 
 
+def mend(dram: DramFile, nvme: DirectFile, chunk: ChunkRange) -> None:
+    """Write a chunk over the corrupt one it should be."""
+    with contextlib.closing(DirectFile(nvme.path, os.O_WRONLY)) as file:
+        write_view(dram, file, chunk)
+
+
 def write_aligned(nvme: DirectFile, chunk: ChunkRange, parts: Sequence[memoryview]) -> None:
     """Write a chunk from memory that direct I/O would refuse."""
-    with (
-        mmap.mmap(-1, whole_pages(chunk.size_bytes)) as staging,
-        memoryview(staging) as view,
-        view[: chunk.size_bytes] as exact,
-    ):
-        for part in parts:
-            staging.write(part)
-        nvme.write(exact, chunk.offset)
+    staging = mmap.mmap(-1, whole_pages(chunk.size_bytes))  # unmapped with its last view
+    for part in parts:
+        staging.write(part)
+    nvme.write(memoryview(staging)[: chunk.size_bytes], chunk.offset)

@@ -13,7 +13,6 @@ import msgspec
 from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.agentapi import HopTiming
 from serverlessllm.core.cluster import CacheLevel
-from serverlessllm.core.errors import LoadFailed
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.loader.budget import Partial, reserve
 from serverlessllm.loader.moves import Moves
@@ -83,27 +82,20 @@ class Pipeline:
         filling it). `source` is the copy's source unless that is the store.
 
         Raises:
-            OutOfSpace, StoreUnavailable, CheckpointError, CorruptChunk
-            LoadFailed: a disk error.
+            OutOfSpace, StoreUnavailable, CheckpointError, CorruptChunk, OSError
         """
         tier = self._tiers[copy.target]
         size = job.index.size_bytes
+        partial = await self._files.run_or_undo(
+            _abandon, reserve, tier.directory, job.ref.id, size, tier.budget_bytes
+        )
+        if partial is None:
+            return None
         try:
-            partial = await self._files.run_or_undo(
-                _abandon, reserve, tier.directory, job.ref.id, size, tier.budget_bytes
-            )
-            if partial is None:
-                return None
-            try:
-                hops = await self._fill(copy, job, source, partial, meter)
-                commit = partial.commit
-                held = await self._files.run_or_undo(Held.release, commit, job.index_bytes)
-            finally:
-                await finish(self._files.run(partial.abandon))
-        except OSError as error:
-            raise LoadFailed(
-                f"loading {copy.hop} failed: {os.strerror(error.errno or 0)}; see the disk's log"
-            ) from error
+            hops = await self._fill(copy, job, source, partial, meter)
+            held = await self._files.run_or_undo(Held.release, partial.commit, job.index_bytes)
+        finally:
+            await finish(self._files.run(partial.abandon))
         return Filled(held=held, hops=hops)
 
     async def _fill(
@@ -168,7 +160,7 @@ class Pipeline:
         stack.callback(dram.close)
         if source is None:
             return lambda chunk: moves.store_to_dram(chunk, dram)
-        nvme = DirectFile(source.path, os.O_RDWR)
+        nvme = DirectFile(source.path, os.O_RDONLY)
         stack.callback(nvme.close)
         return lambda chunk: moves.nvme_to_dram(chunk, nvme, dram)
 

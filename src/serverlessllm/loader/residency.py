@@ -97,7 +97,7 @@ class TierDirectory:
         return directory_lock(self.path)
 
     def scan(self) -> tuple[File, ...]:
-        """All `.bin` and `.partial` files now."""
+        """All `.bin` and `.partial` files now; none when the directory itself was removed."""
         return tuple(self._files())
 
     def free_bytes(self) -> int:
@@ -163,7 +163,7 @@ class TierDirectory:
                 Path(entry.path).unlink(missing_ok=True)
 
     def _files(self) -> Iterator[File]:
-        with os.scandir(self.path) as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.path) as entries:
             for entry in entries:
                 match = _NAME.fullmatch(entry.name)
                 if match is None or match[2] == "idx":

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import re
 import shutil
+import sys
 import tempfile
+from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -18,13 +22,13 @@ from crc32c import crc32c
 from serverlessllm.checkpoint.index import Chunk, Index, Tensor, checkpoint_id, encode_index
 from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.cluster import CacheLevel
-from serverlessllm.core.ids import CheckpointId
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.loader.service import Loader
 from serverlessllm.loader.settings import LoaderSettings
 from serverlessllm.store.checkpoints import CheckpointStore
 from serverlessllm.store.open import open_objects
 from serverlessllm.store.settings import StoreSettings
+from serverlessllm.telemetry import render_metrics
 
 CHUNK_BYTES = 64 * 1024
 SIZE_BYTES = 5 * CHUNK_BYTES + 12_345
@@ -102,22 +106,55 @@ class Bench:
         )
 
     async def publish(self, sample: Sample) -> Sample:
-        path = self.root / "publish.bin"
+        path = self.root / f"{sample.ref.id}.publish"
         path.write_bytes(sample.data)
         await self.store.publish(sample.ref.prefix, path, sample.index)
         return sample
 
     @contextlib.asynccontextmanager
-    async def loader(self, **changes: object) -> AsyncIterator[Loader]:
-        """A loader with its leftovers checked."""
+    async def starting(self, **changes: object) -> AsyncIterator[Loader]:
+        """A loader that may still be checking its leftovers."""
         settings = msgspec.structs.replace(self.settings, **changes)
         loader = Loader(settings, store=self.store, clock=SystemClock(), data_dir=self.root)
-        await loader.start()
         try:
-            await loader.settled()
+            await loader.start()
             yield loader
         finally:
             await loader.close()
+
+    @contextlib.asynccontextmanager
+    async def loader(self, **changes: object) -> AsyncIterator[Loader]:
+        """A loader with its leftovers checked."""
+        async with self.starting(**changes) as loader:
+            await loader.settled()
+            yield loader
+
+    @contextlib.asynccontextmanager
+    async def child(
+        self, sample: Sample, level: CacheLevel = CacheLevel.DRAM, ranges_before_wait: int = 0
+    ) -> AsyncIterator[Process]:
+        """Another process that loads `sample`; see child.py. Killed at the end."""
+        orders = {
+            "root": str(self.root),
+            "store": str(self.store_dir),
+            "settings": self.settings,
+            "ref": sample.ref,
+            "level": level,
+            "ranges_before_wait": ranges_before_wait,
+        }
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(Path(__file__).with_name("child.py")),
+            msgspec.json.encode(orders).decode(),
+            stdin=PIPE,
+            stdout=PIPE,
+        )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
 
     def dram(self, sample: Sample) -> Path:
         return self.dram_dir / f"{sample.ref.id}.bin"
@@ -161,5 +198,30 @@ def make_sample_fixture() -> Callable[..., Sample]:
     return make_sample
 
 
-def levels(loader: Loader) -> dict[CheckpointId, CacheLevel]:
-    return dict(loader.residency())
+def flip(path: Path, offset: int) -> None:
+    """Change one bit of a file without its owner's knowledge: its times stay."""
+    status = path.stat()
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.fixture(name="flip")
+def flip_fixture() -> Callable[[Path, int], None]:
+    return flip
+
+
+@pytest.fixture
+def corrupt_count() -> Callable[[str], float]:
+    """How many corrupt chunks of a hop this process has counted."""
+
+    def count(hop: str) -> float:
+        pattern = rf'sllm_corrupt_chunks_total{{hop="{hop}"}} (\S+)'
+        match = re.search(pattern, render_metrics().decode())
+        return float(match[1]) if match else 0.0
+
+    return count

@@ -57,5 +57,6 @@ class DramFile:
                 offset += len(part)
 
     def close(self) -> None:
-        """No view may be open."""
-        self._map.close()
+        """Unmap. A view that an error's traceback still holds keeps the memory until it goes."""
+        with contextlib.suppress(BufferError):
+            self._map.close()

@@ -6,9 +6,8 @@ The bytes are wanted once, in the next tier: a page cache would hold a second co
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from serverlessllm.core.cluster import CacheLevel
@@ -23,15 +22,18 @@ class DirectFile:
     Offsets and the memory are page-aligned.
     """
 
-    __slots__ = ("_fd",)
+    __slots__ = ("_buffered_fd", "_fd", "path")
 
     def __init__(self, path: Path, flags: int) -> None:
+        self.path = path
+        self._buffered_fd = os.open(path, flags)
         try:
             self._fd = os.open(path, flags | os.O_DIRECT)
         except OSError as error:
             if error.errno not in _REFUSED:
+                os.close(self._buffered_fd)
                 raise
-            self._fd = os.open(path, flags)
+            self._fd = self._buffered_fd
 
     def read_into(self, view: memoryview, offset: int, size: int) -> None:
         """Fill the first `size` bytes of `view`, which reaches to the end of its last page.
@@ -42,44 +44,43 @@ class DirectFile:
         done = 0
         while done < size:
             window = view[done : whole_pages(size)]
-            try:
-                count = os.preadv(self._fd, [window], offset + done)
-            except OSError as error:
-                self._without_direct(error)
-                continue
+            count = self._direct(_read, window, offset + done)
             if count == 0:
                 raise OSError(errno.EIO, "the file is shorter than it should be")
             done += count
 
     def write(self, view: memoryview, offset: int) -> None:
-        """Write all of `view`; a last part of a page is padded with zeros to a whole one.
+        """Write all of `view`: whole pages directly, the rest of a last one, which must not make
+        the file longer, through the page cache.
 
         Raises:
             OutOfSpace: the file system is full.
         """
-        body = len(view) // PAGE_BYTES * PAGE_BYTES
+        pages = len(view) // PAGE_BYTES * PAGE_BYTES
+        done = 0
         with full_is_out_of_space(CacheLevel.NVME):
-            self._write_pages(view[:body], offset)
-            if body < len(view):
-                with mmap.mmap(-1, PAGE_BYTES) as page, memoryview(page) as padded:
-                    page[: len(view) - body] = view[body:]
-                    self._write_pages(padded, offset + body)
+            while done < pages:
+                done += self._direct(os.pwrite, view[done:pages], offset + done)
+            while done < len(view):
+                done += os.pwrite(self._buffered_fd, view[done:], offset + done)
 
     def close(self) -> None:
         """No call may be running."""
-        os.close(self._fd)
+        os.close(self._buffered_fd)
+        if self._fd != self._buffered_fd:
+            os.close(self._fd)
 
-    def _write_pages(self, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            try:
-                done += os.pwrite(self._fd, view[done:], offset + done)
-            except OSError as error:
-                self._without_direct(error)
+    def _direct(
+        self, call: Callable[[int, memoryview, int], int], view: memoryview, offset: int
+    ) -> int:
+        """`call`, through the page cache where direct I/O is refused only now."""
+        try:
+            return call(self._fd, view, offset)
+        except OSError as error:
+            if error.errno not in _REFUSED or self._fd == self._buffered_fd:
+                raise
+            return call(self._buffered_fd, view, offset)
 
-    def _without_direct(self, error: OSError) -> None:
-        """Go on through the page cache if it was direct I/O that the file system refused."""
-        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-        if error.errno not in _REFUSED or not flags & os.O_DIRECT:
-            raise error
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+
+def _read(fd: int, view: memoryview, offset: int) -> int:
+    return os.preadv(fd, [view], offset)

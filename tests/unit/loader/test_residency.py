@@ -1,0 +1,125 @@
+"""A tier's directory and its locks, on a real file system."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from serverlessllm.core.cluster import CacheLevel
+from serverlessllm.core.errors import OutOfSpace
+from serverlessllm.core.ids import CheckpointId
+from serverlessllm.loader.budget import evict, reserve
+from serverlessllm.loader.residency import TierDirectory
+
+A, B, C = (CheckpointId(letter * 64) for letter in "abc")
+
+
+@pytest.fixture(params=[CacheLevel.DRAM, CacheLevel.NVME])
+def tier(request: pytest.FixtureRequest, tmp_path: Path) -> TierDirectory:
+    directory = TierDirectory(request.param, tmp_path / "tier")
+    directory.prepare()
+    return directory
+
+
+def fill(tier: TierDirectory, checkpoint: CheckpointId, size: int = 10_000) -> None:
+    partial = reserve(tier, checkpoint, size, 100_000)
+    assert partial is not None
+    partial.commit(b"index").release()
+
+
+def test_a_reservation_is_seen_and_given_back(tier: TierDirectory) -> None:
+    partial = reserve(tier, A, 10_000, 100_000)
+    assert partial is not None
+    (file,) = tier.scan()
+    assert not file.whole
+    assert file.size_bytes == 12_288  # in whole pages
+    assert reserve(tier, A, 10_000, 100_000) is None  # it is being filled
+    with pytest.raises(OutOfSpace):
+        reserve(tier, B, 90_000, 100_000)
+    assert evict(tier, A) == 0
+    partial.abandon()
+    partial.abandon()
+    assert list(tier.path.iterdir()) == []
+
+
+def test_commit_names_the_bytes_last_and_holds_them(tier: TierDirectory) -> None:
+    partial = reserve(tier, A, 10_000, 100_000)
+    assert partial is not None
+    held = partial.commit(b"index")
+    partial.abandon()  # does nothing now
+    assert tier.read_index(A) == b"index"
+    assert tier.bin_path(A).stat().st_size == 10_000
+    assert evict(tier, A) == 0
+    shared = held.share()
+    held.release()
+    held.release()
+    assert evict(tier, A) == 0
+    shared.release()
+    assert evict(tier, A) == 10_000
+    assert list(tier.path.iterdir()) == []
+    assert tier.hold(A) is None
+
+
+def test_use_orders_eviction_even_when_the_clock_stands_still(tier: TierDirectory) -> None:
+    for checkpoint in (A, B, C):
+        fill(tier, checkpoint)
+    for checkpoint in (C, A, B):
+        held = tier.hold(checkpoint)
+        assert held is not None
+        tier.touch(held)
+        held.release()
+    files = sorted(tier.scan(), key=lambda file: file.last_used)
+    assert [file.checkpoint for file in files] == [C, A, B]
+    assert len({file.last_used for file in files}) == 3
+
+
+def test_a_clock_that_was_set_back_keeps_the_order(tier: TierDirectory) -> None:
+    fill(tier, A)
+    fill(tier, B)
+    future = 4_000_000_000 * 10**9
+    os.utime(tier.bin_path(A), ns=(future, future))
+    held = tier.hold(B)
+    assert held is not None
+    tier.touch(held)
+    held.release()
+    assert max(tier.scan(), key=lambda file: file.last_used).checkpoint == B
+
+
+def test_nothing_is_evicted_for_nothing(tier: TierDirectory) -> None:
+    fill(tier, A)
+    fill(tier, B)
+    held = tier.hold(B)
+    assert held is not None
+    with pytest.raises(OutOfSpace):
+        reserve(tier, C, 95_000, 100_000)
+    assert {file.checkpoint for file in tier.scan()} == {A, B}
+    held.release()
+    partial = reserve(tier, C, 95_000, 100_000)
+    assert partial is not None
+    partial.abandon()
+
+
+def test_discard_removes_even_what_is_held(tier: TierDirectory) -> None:
+    fill(tier, A)
+    held = tier.hold(A)
+    assert held is not None
+    tier.discard(A)
+    assert tier.hold(A) is None
+    assert os.fstat(held.fd).st_size == 10_000  # who has it mapped keeps it
+    held.release()
+
+
+def test_descriptors_do_not_leak(tier: TierDirectory) -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - cheap and exact
+    fill(tier, A)
+    for _ in range(3):
+        held = tier.hold(A)
+        assert held is not None
+        held.release()
+        tier.hold(B)
+        with pytest.raises(OutOfSpace):
+            reserve(tier, B, 200_000, 100_000)
+    evict(tier, A)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
