@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 
 import pytest
 from tests.e2e.conftest import Server
@@ -125,3 +129,34 @@ def test_a_refusal_is_one_line_and_its_cure(server, arguments, said, cure):
 def test_a_server_that_is_something_else_is_said(server):
     done = run("ps", "--url", server.url + "/nowhere")
     assert done.returncode == 0  # only host and port count
+
+
+def test_run_without_a_prompt_is_a_chat(server):
+    terminal, theirs = pty.openpty()
+    chat = subprocess.Popen(
+        [sys.executable, "-m", "serverlessllm.cli.main", "run", "tiny", "--max-tokens", "4"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"SLLM_URL": server.url, "TERM": "dumb"},
+    )
+    os.close(theirs)
+    shown = ""
+
+    def wait_for_prompts(count: int) -> None:
+        nonlocal shown
+        while shown.count(">>> ") < count:
+            shown += os.read(terminal, 4096).decode(errors="replace")
+
+    try:
+        wait_for_prompts(1)
+        os.write(terminal, b"hello\n")
+        wait_for_prompts(2)
+        os.write(terminal, b"/bye\n")
+        assert chat.wait(30) == 0
+    finally:
+        chat.kill()
+        chat.wait()
+        os.close(terminal)
+    _, _, answer = shown.partition("hello\r\n")
+    assert answer.partition(">>> ")[0].strip()

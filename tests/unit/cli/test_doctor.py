@@ -47,7 +47,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
 
 
 def test_a_busy_machine_is_said(monkeypatch):
-    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (500.0, 0, 0))
+    monkeypatch.setattr("os.getloadavg", lambda: (500.0, 0, 0))
     assert doctor._cores().health is Health.POOR
 
 
