@@ -1,6 +1,6 @@
 """Bandwidth of each hop of the loader, as a share of what this machine can do.
 
-    python bench/load_tiers.py [SIZE] [--rounds N] [--dir DIR]
+    python -m bench.load_tiers [SIZE] [--rounds N] [--dir DIR]
 
 Prints medians of N rounds (5 by default) beside the limit of the hop: direct reads of the disk
 that DIR is on, or memcpy. Ratios travel between machines; the absolute numbers do not.

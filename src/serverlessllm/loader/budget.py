@@ -76,7 +76,9 @@ class Partial:
             tier.partial_path(self.checkpoint).rename(path)
             lock_shared(self.fd)  # under the directory's lock nobody evicts in between
         fd, self.fd = self.fd, -1
-        return Held(self.checkpoint, path, fd, self.size_bytes)
+        held = Held(self.checkpoint, path, fd, self.size_bytes)
+        tier.touch(held)
+        return held
 
     def abandon(self) -> None:
         """Leave nothing of it. Idempotent; after `commit` it does nothing."""

@@ -79,18 +79,21 @@ class TierDirectory:
         """Make the directory ours alone.
 
         Raises:
-            LoadFailed: it is somebody else's, or not a directory: anybody may make names in
+            LoadFailed: it cannot be made, or is somebody else's: anybody may make names in
                 /dev/shm.
         """
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = self.path.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise LoadFailed(
-                f"the directory of the {self.level.tier} tier belongs to another user or is no "
-                f"directory: set loader.{self.level.tier}_dir to another place"
-            )
-        if stat.S_IMODE(status.st_mode) != 0o700:
-            self.path.chmod(0o700)
+        where = f"the directory of the {self.level.tier} tier"
+        cure = f"set loader.{self.level.tier}_dir to another place"
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = self.path.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                raise LoadFailed(f"{where} belongs to another user or is a link: {cure}")
+            if stat.S_IMODE(status.st_mode) != 0o700:
+                self.path.chmod(0o700)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise LoadFailed(f"{where} cannot be made ({reason}): {cure}") from error
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """What every decision is made under; held for milliseconds."""

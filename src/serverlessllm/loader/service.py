@@ -103,11 +103,12 @@ class Loader:
     async def close(self) -> None:
         """Cancel running loads and background copies; give back pins. Files stay for the next."""
         self._closed = True
-        running = [*self._background, *(flight.task for flight in self._flights.values())]
-        for task in running:
-            task.cancel()
-        for task in running:
-            await outlast(task)
+        while running := [*self._background, *(f.task for f in self._flights.values())]:
+            for task in running:
+                task.cancel()
+            for task in running:
+                await outlast(task)
+            await asyncio.sleep(0)  # their callbacks run; a load that was done may write behind
         self._references.unpin_all()
         self._files.close()
         self._copies.close()

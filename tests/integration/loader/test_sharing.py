@@ -229,3 +229,19 @@ async def test_two_loaders_of_one_machine_respect_each_others_references(bench, 
             await loader.load(a.ref, DRAM)
         await other.close()  # gives its pins back
         (await loader.load(a.ref, DRAM)).release()
+
+
+async def test_close_right_after_a_load_leaves_no_half_written_copy(bench, make_sample):
+    sample = await bench.publish(make_sample("a"))
+    for turns in range(0, 40, 4):
+        async with bench.starting() as loader:
+            load = asyncio.create_task(loader.load(sample.ref, DRAM))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await loader.close()
+            await asyncio.wait((load,))
+            if load.exception() is None:
+                load.result().release()
+            else:
+                assert isinstance(load.exception(), Draining)
+        assert bench.leftovers() == []
