@@ -46,6 +46,9 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     event_silence_s_max: float = 1.0
     """Most time between two lines of a `/load` answer."""
 
+    death_notice_s: float = 0.1
+    """How soon after its connection a dead backend's end is noticed; a backend that lives on has
+    only hung up."""
     restart_s_min: float = 0.5
     """Pause after a crash before the model is started again; doubles with each."""
     restart_s_max: float = 30.0
@@ -59,21 +62,25 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Silence of a busy instance before it is suspected to hang, at least."""
     hang_gap_factor: float = 20.0
     """The same as a multiple of the 99th percentile of its gaps between two chunks."""
-    hang_probe_s_max: float = 2.0
-    """How long a suspect may take to prove, with its own figures, that it works."""
-    stats_interval_s: float = 1.0
-    """Between two readings of a busy instance's own figures."""
+    hang_s_max: float = 300.0
+    """Silence that no sign of work excuses."""
+    hang_cpu_share: float = 0.05
+    """Of one core: what a silent instance must use between two looks to count as working."""
+    watch_interval_s: float = 1.0
+    """Between two looks at a busy instance, and two readings of its own figures."""
+    stats_timeout_s: float = 2.0
+    """How long an instance may take to tell its figures."""
 
     heartbeat_s: float = 1.0
     """Between two heartbeats; a change of state sends one at once."""
     lease_ttl_s: float = 10.0
     """How long the cluster keeps the record of an agent that no longer speaks."""
+    catalog_interval_s: float = 30.0
+    """Between two readings of the registered models, which give names to checkpoints on disk."""
     reconnect_s_max: float = 5.0
     """Longest pause before the metadata store is tried again."""
 
-    drain_accept_s: float = 2.0
-    """After SIGTERM: how long new requests are still taken."""
     drain_finish_s: float = 120.0
     """After SIGTERM: how long running answers may take to finish."""
-    chunk_bytes_max: int = 64 * 1024 * 1024
-    """Longest answer of `GET /chunks`."""
+    chunks_max: int = 4
+    """Answers of `GET /chunks` at once: each holds one chunk (16 MiB) in memory."""

@@ -43,8 +43,8 @@ class OpenAIOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Requests sent to the server at once."""
     ready_path: Annotated[str, msgspec.Meta(pattern=r"^/\S*$")] | None = None
     """GET answers 200 when ready; `/health` of a command, `/v1/models` of a URL."""
-    ready_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 300.0
-    """How long the command may take to become ready."""
+    ready_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
+    """How long it may take to become ready; 300 for a command, 10 for a URL."""
     memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 512 * MIB
     """What the command takes beside the weights."""
     idle_connection_s: Annotated[float, msgspec.Meta(gt=0)] = 4.0
@@ -96,7 +96,7 @@ class OpenAI:
             command=command,
             address=address,
             ready_path=options.ready_path or ("/health" if command else "/v1/models"),
-            ready_timeout_s=options.ready_timeout_s,
+            ready_timeout_s=options.ready_timeout_s or (300.0 if command else 10.0),
             idle_connection_s=options.idle_connection_s,
         )
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import msgspec
 
+from serverlessllm.backends.procfs import boot_id, read_stat, session_members
+
 RECORD = "process.json"
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,17 +32,11 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
 
 
-class _Stat(msgspec.Struct, frozen=True):
-    state: str
-    session: int
-    started_ticks: int
-
-
 def record_process(run_dir: Path, pid: int) -> None:
     """Write down in its run directory who `pid` is."""
-    stat = _read_stat(pid)
+    stat = read_stat(pid)
     record = ProcessRecord(
-        pid=pid, started_ticks=stat.started_ticks if stat else 0, boot_id=_boot_id()
+        pid=pid, started_ticks=stat.started_ticks if stat else 0, boot_id=boot_id()
     )
     (run_dir / RECORD).write_bytes(msgspec.json.encode(record))
 
@@ -61,31 +56,12 @@ def kill_orphans(agent_run_dir: Path) -> tuple[int, ...]:
 
 
 def _kill_session(record: ProcessRecord) -> Iterator[int]:
-    leader = _read_stat(record.pid)
-    if record.boot_id != _boot_id():
+    leader = read_stat(record.pid)
+    if record.boot_id != boot_id():
         return
     if leader is not None and leader.started_ticks != record.started_ticks:
         return
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        pid = int(entry.name)
-        stat = _read_stat(pid)
-        if stat is None or stat.session != record.pid or stat.state == "Z":
-            continue
+    for member in session_members(record.pid):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-            yield pid
-
-
-def _read_stat(pid: int) -> _Stat | None:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return _Stat(fields[0], int(fields[3]), int(fields[19]))
-
-
-def _boot_id() -> str:
-    return _BOOT_ID.read_text().strip()
+            os.kill(member.pid, signal.SIGKILL)
+            yield member.pid

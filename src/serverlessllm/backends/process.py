@@ -19,6 +19,7 @@ from serverlessllm.backends.base import LaunchPlan
 from serverlessllm.backends.logs import OutputLog
 from serverlessllm.backends.orphans import record_process
 from serverlessllm.backends.settings import BackendSettings
+from serverlessllm.backends.waits import first
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import LoadFailed
 from serverlessllm.edge.upstream import UpstreamError, Upstreams
@@ -37,6 +38,28 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
         if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
     }
     return {"PATH": os.defpath} | kept
+
+
+async def until_answering(
+    plan: LaunchPlan, upstreams: Upstreams, clock: Clock, settings: BackendSettings
+) -> None:
+    """Return when the server answers 200 on its ready path. A server that cannot tell when that
+    is can only be asked again and again, with growing pauses."""
+    pause_s = settings.probe_s_min
+    while not await _probe(plan, upstreams, settings.probe_timeout_s):
+        await clock.sleep(pause_s)
+        pause_s = min(2 * pause_s, settings.probe_s_max)
+
+
+async def _probe(plan: LaunchPlan, upstreams: Upstreams, timeout_s: float) -> bool:
+    try:
+        async with upstreams.send(
+            plan.address, "GET", plan.ready_path, timeout_s=timeout_s
+        ) as response:
+            await response.read()
+            return response.status == 200
+    except UpstreamError:
+        return False
 
 
 class BackendProcess:
@@ -98,7 +121,7 @@ class BackendProcess:
         """
         answers = asyncio.ensure_future(self._answers(upstreams))
         try:
-            await self._first(answers, self.exited, within_s=self._plan.ready_timeout_s)
+            await first(answers, self.exited, self._clock.sleep(self._plan.ready_timeout_s))
             if self.exited.done():
                 raise LoadFailed(
                     f"the backend ended with status {self.exited.result()} before it was ready; "
@@ -113,14 +136,19 @@ class BackendProcess:
             answers.cancel()
             await asyncio.gather(answers, return_exceptions=True)
 
+    async def ended_within(self, seconds: float) -> bool:
+        """Whether it ends in this time."""
+        await first(self.exited, self._clock.sleep(seconds))
+        return self.exited.done()
+
     async def stop(self) -> None:
         """End the whole group, SIGTERM first, and leave nothing of it behind. Idempotent."""
         try:
             self._signal(signal.SIGTERM)
-            await self._first(self.exited, within_s=self._settings.term_s)
+            await self.ended_within(self._settings.term_s)
         finally:
             self.kill()
-            await self._first(self.exited, within_s=self._settings.kill_s)
+            await self.ended_within(self._settings.kill_s)
             self._close()
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
@@ -156,27 +184,10 @@ class BackendProcess:
                 os.close(descriptor)
 
     async def _answers(self, upstreams: Upstreams) -> None:
-        """Return when a probe is answered 200. Whoever can tell is asked once it has told;
-        anybody else can only be asked again and again."""
+        """Return when a probe is answered 200, not asking before the process has told."""
         if self._plan.tells_ready:
             await self._told
-        pause_s = self._settings.probe_s_min
-        while not await self._probe(upstreams):
-            await self._clock.sleep(pause_s)
-            pause_s = min(2 * pause_s, self._settings.probe_s_max)
-
-    async def _probe(self, upstreams: Upstreams) -> bool:
-        try:
-            async with upstreams.send(
-                self._plan.address,
-                "GET",
-                self._plan.ready_path,
-                timeout_s=self._settings.probe_timeout_s,
-            ) as response:
-                await response.read()
-                return response.status == 200
-        except UpstreamError:
-            return False
+        await until_answering(self._plan, upstreams, self._clock, self._settings)
 
     def _heard(self) -> None:
         """The ready pipe spoke; or it was closed unused, which is a reason to probe too."""
@@ -198,17 +209,6 @@ class BackendProcess:
         if not self.exited.done():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
-
-    async def _first(
-        self, *awaited: asyncio.Future[None] | asyncio.Future[int], within_s: float
-    ) -> None:
-        """Return when one of them is done, or the time is over."""
-        timer = asyncio.ensure_future(self._clock.sleep(within_s))
-        try:
-            await asyncio.wait({timer, *awaited}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            timer.cancel()
-            await asyncio.gather(timer, return_exceptions=True)
 
     def _close(self) -> None:
         self._told.cancel()

@@ -1,0 +1,104 @@
+"""Which checkpoints are whose: the registered models, as far as this node needs to know them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+
+from serverlessllm.agent.settings import AgentSettings
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.cluster import CacheLevel, TierUsage
+from serverlessllm.core.errors import MetadataUnavailable
+from serverlessllm.core.ids import CheckpointId, ModelId
+from serverlessllm.core.models import CheckpointRef, ModelRecord, ModelSpec
+from serverlessllm.loader.service import Loader
+from serverlessllm.metadata.registry import Registry
+
+
+class Catalog:
+    """Models and their checkpoints: from the loads that were asked for, and, so that copies
+    adopted from an earlier life get their names, from the registry."""
+
+    def __init__(
+        self, registry: Registry, loader: Loader, settings: AgentSettings, clock: Clock
+    ) -> None:
+        self._registry = registry
+        self._loader = loader
+        self._settings = settings
+        self._clock = clock
+        self._models: dict[ModelId, CheckpointRef] = {}
+        self._registered: set[ModelId] = set()
+        self._pinned: set[CheckpointId] = set()
+
+    async def run(self) -> None:
+        """Read the registered models now and then, until cancelled."""
+        while True:
+            try:
+                stored = await self._registry.list_models()
+            except MetadataUnavailable:
+                pause_s = random.uniform(0, self._settings.reconnect_s_max)  # noqa: S311 - jitter
+            else:
+                await self._take([each.record for each in stored])
+                pause_s = self._settings.catalog_interval_s
+            await self._clock.sleep(pause_s)
+
+    async def _take(self, records: list[ModelRecord]) -> None:
+        """What is registered now; a model that no longer is, is forgotten."""
+        registered = {
+            record.spec.model: record.checkpoint
+            for record in records
+            if record.checkpoint is not None
+        }
+        deleted = self._registered - registered.keys()
+        kept = {name: ref for name, ref in self._models.items() if name not in deleted}
+        self._models = kept | registered
+        self._registered = set(registered)
+        for record in records:
+            await self._pin(record.spec, record.checkpoint)
+
+    async def learn(self, spec: ModelSpec, checkpoint: CheckpointRef | None) -> None:
+        """A load was asked for."""
+        if checkpoint is not None:
+            self._models[spec.model] = checkpoint
+            await self._pin(spec, checkpoint)
+
+    def checkpoint(self, model: ModelId) -> CheckpointRef | None:
+        """The model's checkpoint, if it is known here."""
+        return self._models.get(model)
+
+    def models(self) -> Mapping[ModelId, CheckpointRef]:
+        """Every model whose checkpoint is known here."""
+        return self._models
+
+    def residents(self) -> Iterator[CheckpointRef]:
+        """The known checkpoints that lie on this node."""
+        here = self._loader.residency()
+        seen: set[CheckpointId] = set()
+        for ref in self._models.values():
+            if ref.id in here and ref.id not in seen:
+                seen.add(ref.id)
+                yield ref
+
+    def level(self, checkpoint: CheckpointId | None) -> CacheLevel:
+        """The nearest tier of this node that has it, engines aside."""
+        if checkpoint is None:
+            return CacheLevel.STORE
+        return self._loader.residency().get(checkpoint, CacheLevel.STORE)
+
+    def dram(self) -> TierUsage:
+        """How full the DRAM tier is."""
+        return self._loader.usage()[0]
+
+    def pinned(self, checkpoint: CheckpointId) -> bool:
+        """Whether it stays in DRAM with or without an instance."""
+        return checkpoint in self._pinned and self.level(checkpoint) <= CacheLevel.DRAM
+
+    async def _pin(self, spec: ModelSpec, checkpoint: CheckpointRef | None) -> None:
+        if checkpoint is None or spec.pinned == (checkpoint.id in self._pinned):
+            return
+        if spec.pinned:
+            self._pinned.add(checkpoint.id)
+            await self._loader.pin(checkpoint.id)
+        else:
+            self._pinned.discard(checkpoint.id)
+            await self._loader.unpin(checkpoint.id)
