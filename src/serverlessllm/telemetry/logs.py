@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from serverlessllm.telemetry.settings import LogFormat, LogLevel, TelemetrySettings
 
@@ -29,7 +29,7 @@ FORBIDDEN = frozenset(
 )  # fmt: skip
 """Field names that would carry what clients said or what opens doors; dropped wherever logged."""
 _FORBIDDEN_ENDINGS = ("_key", "_token", "_secret", "_password", "_prompt", "_body", "_content")
-_OURS = frozenset({"event", "exc_info", "exception", "stack_info", "_record", "_from_structlog"})
+_STRUCTLOGS_OWN = frozenset({"exc_info", "stack_info", "_record", "_from_structlog"})
 _STDLIB_NOISE = ("httpx", "httpcore", "huggingface_hub", "uvicorn.access", "asyncio")
 
 
@@ -66,6 +66,17 @@ class Log:
 
             self._logger = structlog.get_logger(component=self._component)
         return self._logger
+
+
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at that moment: it may be replaced, and closed."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override] # read-only here
+        return sys.stderr
 
 
 class _State:
@@ -109,7 +120,7 @@ def configure_logging(settings: TelemetrySettings) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToStderr()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -120,9 +131,8 @@ def configure_logging(settings: TelemetrySettings) -> None:
         )
     )
     root = logging.getLogger()
-    for old in [h for h in root.handlers if getattr(h, "serverlessllm", False)]:
+    for old in [h for h in root.handlers if isinstance(h, _ToStderr)]:
         root.removeHandler(old)
-    handler.serverlessllm = True  # type: ignore[attr-defined] # marks the one that is ours
     root.addHandler(handler)
     root.setLevel(_state.level)
     for name in _STDLIB_NOISE:
@@ -158,7 +168,7 @@ def drop_forbidden(_logger: object, _method: str, event: MutableMapping[str, Any
     for name in [n for n in event if is_forbidden(n)]:
         del event[name]
     for name, value in event.items():
-        if name not in _OURS:
+        if name not in _STRUCTLOGS_OWN:
             event[name] = _plain(value)
     return event
 

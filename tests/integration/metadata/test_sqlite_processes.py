@@ -152,7 +152,7 @@ async def test_the_lease_of_a_killed_process_runs_out_and_watchers_hear(
     path: Path, store: SqliteMetadata
 ) -> None:
     async with (
-        child(HOLD_A_LEASE, path, "1.5") as owner,
+        child(HOLD_A_LEASE, path, "3") as owner,
         aclosing(store.watch("", ABSENT)) as watch,
     ):
         assert await owner.line() == "holding"
@@ -231,7 +231,7 @@ async def test_no_update_is_lost_between_processes(path: Path, store: SqliteMeta
 
 async def test_a_job_is_taken_over_from_a_killed_process(path: Path, store: SqliteMetadata) -> None:
     registry = Registry(store)
-    claim_briefly = CLAIM.replace("60)", "1.5)")
+    claim_briefly = CLAIM.replace("60)", "3)")
     async with child(claim_briefly, path, "first") as owner:
         assert await owner.line() == "ready"
         owner.tell()

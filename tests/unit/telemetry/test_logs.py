@@ -67,7 +67,9 @@ def test_what_clients_say_and_what_opens_doors_is_never_written(name: str, capsy
 
 @given(st.dictionaries(st.text(max_size=12), st.binary() | st.text() | st.lists(st.text())))
 def test_no_container_and_no_long_text_gets_through(fields) -> None:
-    written = drop_forbidden(None, "info", {**fields, "event": "e"})
+    for own in ("exc_info", "stack_info", "_record", "_from_structlog"):
+        fields.pop(own, None)
+    written = drop_forbidden(None, "info", {**fields})
     for name, value in written.items():
         assert not is_forbidden(name)
         assert isinstance(value, str)
