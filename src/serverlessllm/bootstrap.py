@@ -104,6 +104,10 @@ def build_agent(parts: Parts) -> Agent:
         token=parts.token,
         run_dir=paths.runtime_dir,
         log_dir=paths.logs_dir / agent,
+        environ=parts.loaded.environ,
+        processes=settings.backends,
+        edge=settings.edge,
+        upstream=settings.upstream,
     )
 
 

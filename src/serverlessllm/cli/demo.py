@@ -18,6 +18,8 @@ import typer
 from serverlessllm.cli.failure import Failure
 
 if TYPE_CHECKING:
+    import openai
+
     from serverlessllm.cli.client import Client
     from serverlessllm.core.agentapi import HopTiming
     from serverlessllm.orchestrator.rest.wire import LastLoad
@@ -132,6 +134,8 @@ def _tail(log: Path) -> str:
 
 def _three_chats(url: str) -> bool:
     """The same chat, each time with the bytes one tier nearer; whether all were answered."""
+    import openai
+
     from serverlessllm.cli.client import Client
     from serverlessllm.cli.pull import pull_model
 
@@ -143,11 +147,17 @@ def _three_chats(url: str) -> bool:
         ("2. warm: no instance, its bytes are in DRAM", "dram"),
         ("3. hot: an instance is ready", None),
     )
-    answers = [_case(client, title, tier) for title, tier in cases]
+    try:
+        with openai.OpenAI(
+            base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=_ANSWER_TIMEOUT_S
+        ) as chats:
+            answers = [_case(client, chats, title, tier) for title, tier in cases]
+    except openai.OpenAIError as error:
+        raise Failure(f"the chat failed: {error}", "sllm doctor") from error
     return all(answer.text.strip() for answer in answers)
 
 
-def _case(client: Client, title: str, tier: str | None) -> Answer:
+def _case(client: Client, chats: openai.OpenAI, title: str, tier: str | None) -> Answer:
     from rich.console import Console
 
     from serverlessllm.cli.output import print_table
@@ -158,42 +168,34 @@ def _case(client: Client, title: str, tier: str | None) -> Answer:
     console = Console(highlight=False)
     console.print(f"\n[bold cyan]{title}[/bold cyan]\n[dim]> {PROMPT}[/dim]")
     before = _last_load(client)
-    answer = _chat(client.url)
+    answer = _chat(chats)
     load = _last_load(client)
     hops = load.hops if load is not None and load != before else ()
     print_table(("stage", "#ms", "#bytes", "#rate", "#of limit"), waterfall(answer, hops))
     return answer
 
 
-def _chat(url: str) -> Answer:
+def _chat(chats: openai.OpenAI) -> Answer:
     """Ask through the `openai` client, printing the answer as it streams."""
-    import openai
-
     from serverlessllm.cli.waterfall import parse_server_timing
 
     started_s = time.monotonic()
     first_token_s = 0.0
     text = ""
-    with openai.OpenAI(
-        base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=_ANSWER_TIMEOUT_S
-    ) as client:
-        try:
-            raw = client.chat.completions.with_raw_response.create(
-                model=MODEL,
-                messages=[{"role": "user", "content": PROMPT}],
-                stream=True,
-                temperature=0,
-                max_tokens=_MAX_TOKENS,
-            )
-            with raw.parse() as stream:
-                for chunk in stream:
-                    delta = chunk.choices[0].delta.content if chunk.choices else None
-                    if delta:
-                        first_token_s = first_token_s or time.monotonic() - started_s
-                        text += delta
-                        print(delta, end="", flush=True)
-        except openai.OpenAIError as error:
-            raise Failure(f"the chat failed: {error}", "sllm doctor") from error
+    raw = chats.chat.completions.with_raw_response.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": PROMPT}],
+        stream=True,
+        temperature=0,
+        max_tokens=_MAX_TOKENS,
+    )
+    with raw.parse() as stream:
+        for chunk in stream:
+            delta = chunk.choices[0].delta.content if chunk.choices else None
+            if delta:
+                first_token_s = first_token_s or time.monotonic() - started_s
+                text += delta
+                print(delta, end="", flush=True)
     print("\n")
     return Answer(
         text=text,

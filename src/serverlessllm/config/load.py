@@ -36,6 +36,8 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     """Key → file, variable, or `command line`; a key that is missing has its default."""
     path: Path | None
     """The file that was read."""
+    environ: Mapping[str, str]
+    """The process's own; backends inherit a chosen part of it."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,7 +79,13 @@ def load(
             values[key] = _convert(field, value, origin)
             origins[key] = origin
     settings = _build(values, origins)
-    return Loaded(settings=settings, paths=derive(settings, environ), origins=origins, path=path)
+    return Loaded(
+        settings=settings,
+        paths=derive(settings, environ),
+        origins=origins,
+        path=path,
+        environ=environ,
+    )
 
 
 def client_url(environ: Mapping[str, str] | None = None) -> str | None:
