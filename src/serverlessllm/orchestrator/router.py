@@ -52,6 +52,11 @@ class _Row:
         """The score without its queue term."""
         self.service_s = service_s
 
+    def ahead(self) -> int:
+        """Requests that a new one waits behind (`estimate.requests_ahead`); not above 0: none."""
+        lane = self.lane
+        return lane.others + len(lane.leases) - self.slots + 1
+
 
 class _Table:
     """What a lease needs of one model at one view version."""
@@ -151,8 +156,7 @@ class Router:
         for row in rows:
             if avoid and row.seen.agent in avoid:
                 continue
-            lane = row.lane
-            ahead = lane.others + len(lane.leases) - row.slots + 1
+            ahead = row.ahead()
             score_s = row.fixed_s + table.gamma_s * ahead if ahead > 0 else row.fixed_s
             if row.seen.suspect(now_s, self._silent_s):
                 score_s += _SUSPECT_S
@@ -165,7 +169,8 @@ class Router:
         if best_ahead > 0:
             predicted_s += best_ahead * best.service_s / best.slots
             scale_out = any(
-                row.fixed_s < best_s and not row.seen.suspect(now_s, self._silent_s)
+                row.fixed_s + table.gamma_s * max(0, row.ahead()) < best_s
+                and not row.seen.suspect(now_s, self._silent_s)
                 for row in table.colder
             )
         seen = best.seen

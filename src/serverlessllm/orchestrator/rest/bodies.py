@@ -23,6 +23,12 @@ SOURCE_SCHEMES = ("hf", "file", "s3", "az", "gs")
 _WHERE = re.compile(r"(.*) - at `\$\.?(.*)`", re.DOTALL)
 
 
+class _NewModel(
+    ModelSpec, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """A spec as an operator sends it: a misspelt field is an error, not a default."""
+
+
 def read_body(data: bytes, kind: type[Body]) -> Body:
     """A body of type `kind`.
 
@@ -50,7 +56,7 @@ def read_spec(data: bytes) -> ModelSpec:
     Raises:
         InvalidRequest, InvalidModelName: what may not be, and why.
     """
-    spec = read_body(data, ModelSpec)
+    spec = ModelSpec(**msgspec.structs.asdict(read_body(data, _NewModel)))
     check_spec(spec)
     return spec
 
