@@ -54,8 +54,9 @@ class Framing(IntEnum):
     CLOSE = 3
 
 
-_IDLE, _HEAD, _BODY, _DONE, _DEAD = LinkState
-_NONE, _LENGTH, _CHUNKED, _CLOSE = Framing
+# An enum's member costs more to look up than everything else done for a chunk.
+IDLE, HEAD, BODY, DONE, DEAD = LinkState
+NONE, LENGTH, CHUNKED, CLOSE = Framing
 
 
 def _drop(_: bytes) -> None:
@@ -74,8 +75,8 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
-        self.state = _IDLE
-        self.framing = _NONE
+        self.state = IDLE
+        self.framing = NONE
         self.head = b""
         """The answer's status line and headers, empty line included."""
         self.status = 0
@@ -106,26 +107,31 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._pool.links.add(self)
 
     def data_received(self, data: bytes) -> None:
-        if self.state is _BODY:
+        if self.state is BODY:
             self._take_body(data)
-        elif self.state is _HEAD:
+            if self.sink is not None and self.state is BODY:
+                return
+        elif self.state is HEAD:
             self._take_head(data)
         else:
             # Bytes that nobody asked for: whatever they are, they answer no later request.
             self.abort()
+        self._wake()
 
     def eof_received(self) -> None:
-        if self.state is _IDLE:
+        if self.state is IDLE:
             self._pool.lost(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.state is _BODY and self.framing is _CLOSE and exc is None:
-            self._complete()
-        elif self.state is _HEAD:
+        if self.state is BODY and self.framing is CLOSE and exc is None:
+            self.state = DONE
+            self._wake()
+        elif self.state is HEAD:
             self._die(UpstreamClosed("the backend closed the connection", before_head=True))
-        elif self.state is _BODY:
+        elif self.state is BODY:
             self._die(UpstreamClosed("the backend died while it answered", before_head=False))
         self.reusable = False
         self._pool.lost(self)
@@ -142,7 +148,7 @@ class Link(asyncio.Protocol):
 
     def send(self, request: bytes, deadline_s: float | None, *, bodiless: bool) -> None:
         """Write a request; `wait` tells when its answer's head has come."""
-        self.state = _HEAD
+        self.state = HEAD
         self.head = b""
         self.untouched = True
         self.reusable = False
@@ -161,7 +167,7 @@ class Link(asyncio.Protocol):
 
     def finish(self) -> None:
         """The exchange is over: give the connection back, or close it when it is not clean."""
-        if self.state is _DONE and self.reusable:
+        if self.state is DONE and self.reusable:
             self.sink = None
             self.idle_timeout_s = None
             self.take()
@@ -172,8 +178,8 @@ class Link(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once: the upstream sees that nobody wants its answer."""
-        if self.state is not _DEAD:
-            self.state = _DEAD
+        if self.state is not DEAD:
+            self.state = DEAD
             self.reusable = False
             self.sink = _drop
             self._kept.clear()
@@ -244,28 +250,27 @@ class Link(asyncio.Protocol):
 
     def _head_came(self, head: bytes, rest: bytes) -> None:
         self.head = head
-        self.state = _BODY
+        self.state = BODY
         found = _framing.search(head)
         if self._whole or self._bodiless:
-            self.framing = _NONE
+            self.framing = NONE
             self.reusable = self.reusable and self._whole and not rest
-            self._complete()
+            self.state = DONE
         elif found is None:
-            self.framing = _CLOSE
+            self.framing = CLOSE
         elif found[1] is not None:
-            self.framing = _LENGTH
+            self.framing = LENGTH
             self._left = int(found[1])
         elif found[2].strip().lower() == b"chunked":
-            self.framing = _CHUNKED
+            self.framing = CHUNKED
         else:
             self._die(UpstreamProtocolError("the backend's transfer-encoding is not known"))
-        if rest and self.state is _BODY:
+        if rest and self.state is BODY:
             self._take_body(rest)
-        self._wake()
 
     def _take_body(self, data: bytes) -> None:
-        if self.framing is not _CLOSE:
-            if self.framing is _LENGTH:
+        if self.framing is not CLOSE:
+            if self.framing is LENGTH:
                 self._left -= len(data)
                 if self._left < 0:
                     data = data[: self._left]
@@ -281,13 +286,16 @@ class Link(asyncio.Protocol):
         if self.sink is not None:
             self.sink(data)
         else:
-            self._keep(data)
+            self._kept.append(data)
+            self._kept_bytes += len(data)
+            if self._kept_bytes > self.limits.buffer_bytes_max:
+                self._set_reading(False)
         if self._whole:
-            self._complete()
+            self.state = DONE
 
     def _ends_exactly(self, data: bytes) -> bool:
         """Whether `data` ends where the answer does; what follows could pass for another one."""
-        if self.framing is _LENGTH:
+        if self.framing is LENGTH:
             if self._left < 0:
                 self.reusable = False
             return True
@@ -296,19 +304,8 @@ class Link(asyncio.Protocol):
             return False
         return True
 
-    def _keep(self, data: bytes) -> None:
-        self._kept.append(data)
-        self._kept_bytes += len(data)
-        if self._kept_bytes > self.limits.buffer_bytes_max:
-            self._set_reading(False)
-        self._wake()
-
-    def _complete(self) -> None:
-        self.state = _DONE
-        self._wake()
-
     def _die(self, error: UpstreamError) -> None:
-        self.state = _DEAD
+        self.state = DEAD
         self.error = error
         self.reusable = False
         self._transport.abort()
@@ -326,7 +323,7 @@ class Link(asyncio.Protocol):
         end of the body.
         """
         tail = self._tail
-        if self.framing is _CHUNKED:
+        if self.framing is CHUNKED:
             self._whole = False
             try:
                 self._feed(LAST_CHUNK)
@@ -339,10 +336,10 @@ class Link(asyncio.Protocol):
 
     def sweep(self, now_s: float) -> None:
         """Look at this link's deadlines."""
-        if self.state is _HEAD:
+        if self.state is HEAD:
             if self.head_deadline_s is not None and now_s >= self.head_deadline_s:
                 self._die(UpstreamTimeout("the backend did not answer in time"))
-        elif self.state is _BODY and self.idle_timeout_s is not None:
+        elif self.state is BODY and self.idle_timeout_s is not None:
             if self.passed_bytes != self._seen_bytes or not self._reading:
                 self._seen_bytes = self.passed_bytes
                 self._moved_s = now_s

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from serverlessllm.edge.errors import UpstreamClosed, UpstreamError
-from serverlessllm.edge.link import Framing, Link, LinkState
+from serverlessllm.edge.link import BODY, CHUNKED, CLOSE, DONE, Link
 from serverlessllm.edge.request import Request
 from serverlessllm.edge.response import Decoder, Response
 from serverlessllm.edge.wire import (
@@ -58,12 +58,12 @@ async def relay(
         UpstreamError: the upstream died before anything of its answer was passed on.
     """
     link = response.link
-    if link.state is LinkState.DONE and not request.started and request.framed:
+    if link.state is DONE and not request.started and request.framed:
         return _pass_whole(request, link, encode_headers(headers), on_first_byte)
     passing = _Passing(request, response, encode_headers(headers), on_first_byte)
     passing.begin(idle_timeout_s)
     try:
-        while link.state is LinkState.BODY:
+        while link.state is BODY:
             await link.wait()
     except asyncio.CancelledError:
         # Either the client has gone, or a drain's grace is over and it can still be told.
@@ -72,7 +72,7 @@ async def relay(
         raise
     finally:
         passing.stop()
-    if link.state is LinkState.DONE:
+    if link.state is DONE:
         passing.end_whole()
         return Relayed(ok=True, body_bytes=link.passed_bytes)
     error = link.error or UpstreamClosed("the exchange was left", before_head=False)
@@ -89,7 +89,7 @@ def _pass_whole(
     kept = link.take()
     if on_first_byte is not None and kept:
         on_first_byte()
-    if link.framing is Framing.CLOSE:
+    if link.framing is CLOSE:
         body = b"".join(kept)
         head = forwarded_head(link.head, keep_framing=False)
         headers += b"content-length: %d\r\n" % len(body)
@@ -97,7 +97,7 @@ def _pass_whole(
         body = kept[0] if len(kept) == 1 else b"".join(kept)
         head = forwarded_head(link.head, keep_framing=True)
     request.begin(head + headers, b"" if request.method == "HEAD" else body)
-    request.ended()
+    request.finished = True
     return Relayed(ok=True, body_bytes=link.passed_bytes)
 
 
@@ -128,7 +128,7 @@ class _Passing:
         """Whether the client gets chunks."""
         if not self._request.framed or self._silent:
             return False
-        return not self._head_due or self._link.framing in {Framing.CHUNKED, Framing.CLOSE}
+        return not self._head_due or self._link.framing in {CHUNKED, CLOSE}
 
     def begin(self, idle_timeout_s: float | None) -> None:
         """Let the body flow."""
@@ -136,9 +136,9 @@ class _Passing:
         self._write = self._request.line.attach(link)
         if self._silent:
             self._send = _drop
-        elif link.framing is Framing.CHUNKED and not self._chunked:
+        elif link.framing is CHUNKED and not self._chunked:
             self._send = Decoder(self._write).feed
-        elif self._chunked and link.framing is not Framing.CHUNKED:
+        elif self._chunked and link.framing is not CHUNKED:
             self._send = self._send_chunk
         else:
             self._send = self._write
@@ -157,9 +157,7 @@ class _Passing:
         if self._head_due:
             self._head_due = False
             link = self._link
-            verbatim = link.framing is not Framing.CLOSE and (
-                self._chunked or link.framing is not Framing.CHUNKED
-            )
+            verbatim = link.framing is not CLOSE and (self._chunked or link.framing is not CHUNKED)
             head = forwarded_head(link.head, keep_framing=verbatim)
             if self._chunked and not verbatim:
                 head += b"transfer-encoding: chunked\r\n"
@@ -176,9 +174,9 @@ class _Passing:
         """The upstream's answer is complete."""
         if not self.begun:
             self._begin_answer()
-        if self._chunked and self._link.framing is not Framing.CHUNKED:
+        if self._chunked and self._link.framing is not CHUNKED:
             self._request.line.send(LAST_CHUNK)
-        self._request.ended()
+        self._request.finished = True
 
     def end_dead(self, error_event: bytes) -> None:
         """The upstream's answer will not be completed: say so, or let the truncation show."""
@@ -194,7 +192,7 @@ class _Passing:
             request.line.send(chunk(error_event) if self._chunked else error_event)
             if self._chunked:
                 request.line.send(LAST_CHUNK)
-            request.ended()
+            request.finished = True
         else:
             request.abort()
 

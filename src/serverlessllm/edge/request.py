@@ -111,26 +111,21 @@ class Request:
     `state` is the handler's: whatever it wants to find again in `answer_headers`.
     """
 
-    __slots__ = (
-        "_broken",
-        "_expects",
-        "_finished",
-        "_framed",
-        "_pieces",
-        "_started",
-        "_waiter",
-        "_whole",
-        "arrived_s",
-        "headers",
-        "id",
-        "keep_alive",
-        "line",
-        "method",
-        "path",
-        "query",
-        "refusal",
-        "state",
-    )
+    # Defaults live on the class: a request is made for every message, and most keep them.
+    refusal: SLLMError | None = None
+    """Why the handler never sees this request."""
+    state: object = None
+    framed = True
+    """Whether the client understands chunks; HTTP/1.0 reads until the connection closes."""
+    started = False
+    """Whether the answer's head has been written."""
+    finished = False
+    """Whether the answer has ended."""
+    _whole = False
+    _body = b""
+    _pieces: list[bytes] | None = None
+    _broken: SLLMError | None = None
+    _waiter: asyncio.Future[None] | None = None
 
     def __init__(
         self,
@@ -142,7 +137,6 @@ class Request:
         arrived_s: float,
         *,
         keep_alive: bool,
-        framed: bool,
     ) -> None:
         self.line = line
         self.method = method
@@ -154,43 +148,18 @@ class Request:
         self.arrived_s = arrived_s
         """When the headers were complete, on the edge's clock."""
         self.keep_alive = keep_alive
+        """Whether the connection outlives the answer."""
         given = fields.get(b"x-request-id")
         self.id = RequestId(
             given.decode() if given is not None and _safe_id.fullmatch(given) else _new_id()
         )
-        self.refusal: SLLMError | None = None
-        """Why the handler never sees this request."""
-        self.state: object = None
-        self._framed = framed
-        self._expects = b"expect" in fields
-        self._pieces: list[bytes] = []
-        self._whole = False
-        self._broken: SLLMError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._started = False
-        self._finished = False
 
     # What a handler uses.
-
-    @property
-    def started(self) -> bool:
-        """Whether the answer's head has been written."""
-        return self._started
-
-    @property
-    def finished(self) -> bool:
-        """Whether the answer has ended."""
-        return self._finished
 
     @property
     def connected(self) -> bool:
         """Whether the client is still there."""
         return not self.line.lost
-
-    @property
-    def framed(self) -> bool:
-        """Whether the client understands chunks; HTTP/1.0 reads until the connection closes."""
-        return self._framed
 
     async def body(self) -> bytes:
         """The whole body.
@@ -199,19 +168,16 @@ class Request:
             RequestTooLarge, RequestTimeout, InvalidRequest: too long, too slow, bad framing.
         """
         if not self._whole and self._broken is None:
-            if self._expects and self._framed and not self._started:
+            if self.framed and not self.started and self.headers.get("expect") is not None:
                 self.line.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-                self._expects = False
             self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._waiter
         if self._broken is not None:
             raise self._broken
-        if len(self._pieces) > 1:
-            self._pieces = [b"".join(self._pieces)]
-        return self._pieces[0] if self._pieces else b""
+        if self._pieces is not None:
+            self._body = b"".join(self._pieces)
+            self._pieces = None
+        return self._body
 
     def respond(self, status: int, headers: Headers = (), body: bytes = b"") -> None:
         """A whole answer at once; `content-length` is added."""
@@ -220,65 +186,66 @@ class Request:
         if self.method == "HEAD" or status in BODILESS:
             body = b""
         self.begin(head, body)
-        self._finished = True
+        self.finished = True
 
     def start(self, status: int, headers: Headers = ()) -> None:
         """Begin a streamed answer (chunked; until close for HTTP/1.0)."""
-        framing = b"transfer-encoding: chunked\r\n" if self._framed else b""
+        framing = b"transfer-encoding: chunked\r\n" if self.framed else b""
         self.begin(status_line(status) + encode_headers(headers) + framing)
 
     async def write(self, data: bytes) -> None:
         """One piece of a streamed answer; returns when the client has room for more."""
         if data and self.method != "HEAD":
-            self.line.send(chunk(data) if self._framed else data)
+            self.line.send(chunk(data) if self.framed else data)
         await self.line.room()
 
     def finish(self) -> None:
         """End a streamed answer cleanly."""
-        if self._finished:
+        if self.finished:
             return
-        if self._framed and self.method != "HEAD":
+        if self.framed and self.method != "HEAD":
             self.line.send(LAST_CHUNK)
-        self._finished = True
+        self.finished = True
 
     def abort(self) -> None:
         """Cut the connection so that the client sees the answer is truncated."""
-        self._finished = True
+        self.finished = True
         self.line.cut()
 
     # What the connection and the relay use.
 
     def begin(self, head: bytes, body: bytes = b"") -> None:
         """Send an answer's head: `head` plus the fields that every answer has."""
-        if self._started:
+        if self.started:
             raise RuntimeError(f"{self.method} {self.path}: answered twice")
-        self._started = True
+        self.started = True
         line = self.line
         if line.will_close():
             self.keep_alive = False
-        closing = b"" if self.keep_alive else b"connection: close\r\n"
+        end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
         own = line.own_headers(self)
-        line.send(
-            b"%bx-request-id: %b\r\n%b%b\r\n%b" % (head, self.id.encode(), own, closing, body)
-        )
-
-    def ended(self) -> None:
-        """The relay has sent the answer's last byte."""
-        self._finished = True
+        line.send(b"".join((head, b"x-request-id: ", self.id.encode(), b"\r\n", own, end, body)))
 
     def take(self, data: bytes) -> None:
         """A piece of the body has come."""
-        self._pieces.append(data)
+        if self._pieces is not None:
+            self._pieces.append(data)
+        elif self._body:
+            self._pieces = [self._body, data]
+        else:
+            self._body = data
 
     def received(self) -> None:
         """The body is whole."""
         self._whole = True
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
 
     def broken(self, error: SLLMError) -> None:
         """The body will not come."""
         self._broken = error
-        self._pieces.clear()
+        self._body = b""
+        self._pieces = None
         self._wake()
 
     def _wake(self) -> None:

@@ -9,7 +9,7 @@ import httptools
 
 from serverlessllm.core.units import MIB
 from serverlessllm.edge.errors import UpstreamClosed, UpstreamProtocolError
-from serverlessllm.edge.link import Framing, Link, LinkState
+from serverlessllm.edge.link import CHUNKED, DEAD, DONE, Link
 
 _fields = re.compile(rb"\r\n([^:\r]+):[ \t]*([^\r]*)")
 
@@ -49,12 +49,19 @@ class Decoder:
 class Response:
     """An answer whose head has come: read it, take its lines, or give it to `relay`."""
 
-    __slots__ = ("headers", "link", "status")
+    __slots__ = ("_headers", "link", "status")
 
     def __init__(self, link: Link) -> None:
         self.link = link
         self.status = link.status
-        self.headers = ResponseHeaders(link.head)
+        self._headers: ResponseHeaders | None = None
+
+    @property
+    def headers(self) -> ResponseHeaders:
+        """The answer's header fields; most answers are relayed without a look at them."""
+        if self._headers is None:
+            self._headers = ResponseHeaders(self.link.head)
+        return self._headers
 
     async def read(self, max_bytes: int = MIB) -> bytes:
         """The whole body, de-chunked.
@@ -96,7 +103,7 @@ class Response:
         """The body without its framing, piece by piece as it comes."""
         link = self.link
         decoded: list[bytes] = []
-        decoder = Decoder(decoded.append) if link.framing is Framing.CHUNKED else None
+        decoder = Decoder(decoded.append) if link.framing is CHUNKED else None
         while True:
             kept = link.take()
             if decoder is None:
@@ -109,8 +116,8 @@ class Response:
             decoded.clear()
             if kept:
                 continue
-            if link.state is LinkState.DONE:
+            if link.state is DONE:
                 return
-            if link.state is LinkState.DEAD:
+            if link.state is DEAD:
                 raise link.error or UpstreamClosed("the exchange was left", before_head=False)
             await link.wait()

@@ -18,7 +18,7 @@ from serverlessllm.edge.errors import (
     UpstreamUnreachable,
 )
 from serverlessllm.edge.limits import Sweeper
-from serverlessllm.edge.link import Link, LinkState
+from serverlessllm.edge.link import HEAD, IDLE, Link
 from serverlessllm.edge.response import Response, ResponseHeaders
 from serverlessllm.edge.settings import UpstreamSettings
 from serverlessllm.edge.wire import encode_headers, split_address
@@ -107,7 +107,7 @@ class Pool:
             if not waiter.done():
                 waiter.set_result(link)
                 return
-        link.state = LinkState.IDLE
+        link.state = IDLE
         link.idle_since_s = self._owner.now_s
         self.idle.append(link)
 
@@ -116,7 +116,7 @@ class Pool:
         if link not in self.links:
             return
         self.links.discard(link)
-        if link.state is LinkState.IDLE and link in self.idle:
+        if link.state is IDLE and link in self.idle:
             self.idle.remove(link)
         self._pass_on_place()
 
@@ -132,16 +132,14 @@ class Pool:
         settings = self.settings
         oldest_s = now_s - max(0.0, settings.idle_expiry_s - settings.sweep_interval_s)
         for link in list(self.links):
-            if link.state is LinkState.IDLE:
+            if link.state is IDLE:
                 if link.idle_since_s <= oldest_s:
                     link.abort()
             else:
                 link.sweep(now_s)
 
     def _link(self) -> Link:
-        link = Link(self)
-        self.links.add(link)
-        return link
+        return Link(self)
 
     async def _turn(self) -> Link | None:
         """Wait for an idle link, or for a free place (None)."""
@@ -198,7 +196,7 @@ class Exchange:
             self._link = link
             try:
                 link.send(self._request, deadline_s, bodiless=self._bodiless)
-                while link.state is LinkState.HEAD:
+                while link.state is HEAD:
                     await link.wait()
             except BaseException:
                 link.abort()
@@ -261,13 +259,8 @@ class Upstreams:
         length = b""
         if body or method in _METHODS_WITH_BODY:
             length = b"content-length: %d\r\n" % len(body)
-        request = b"%b%b%b%b\r\n%b" % (
-            start,
-            pool.host_line,
-            encode_headers(headers),
-            length,
-            body,
-        )
+        lines = headers if isinstance(headers, bytes) else encode_headers(headers)
+        request = b"".join((start, pool.host_line, lines, length, b"\r\n", body))
         return Exchange(self, pool, request, timeout_s, bodiless=method == "HEAD")
 
     async def close(self) -> None:

@@ -63,7 +63,7 @@ def status_line(status: int) -> bytes:
 
 def chunk(data: bytes) -> bytes:
     """`data` (not empty) as one chunk."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    return b"".join((b"%x\r\n" % len(data), data, b"\r\n"))
 
 
 def forwarded_head(head: bytes, *, keep_framing: bool) -> bytes:

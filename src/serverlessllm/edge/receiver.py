@@ -1,0 +1,233 @@
+"""Read requests off a connection, within the limits and deadlines of their receipt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import httptools
+
+from serverlessllm.core.errors import (
+    HeadersTooLarge,
+    InvalidRequest,
+    RequestTimeout,
+    RequestTooLarge,
+    SLLMError,
+)
+from serverlessllm.edge.request import Request
+
+if TYPE_CHECKING:
+    from serverlessllm.edge.connection import Connection
+
+_METHODS = {name: name.decode() for name in (b"GET", b"POST", b"PUT", b"DELETE", b"HEAD")}
+_SCHEMES = (b"http", b"https")
+
+
+class _Refused(Exception):
+    """Raised through the parser to stop it; carries what to answer."""
+
+    def __init__(self, error: SLLMError) -> None:
+        super().__init__()
+        self.error = error
+
+
+def _origin_form(url: bytes) -> bytes:
+    """The path of an absolute URL; anything else that is no path is left as it is."""
+    scheme, found, rest = url.partition(b"://")
+    return b"/" + rest.partition(b"/")[2] if found and scheme.lower() in _SCHEMES else url
+
+
+class Receiver:
+    """The parser's callbacks of one connection: each head becomes a request at once, its body
+    follows. What cannot be a request is refused, and nothing after it is read."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        server = connection.server
+        self._settings = server.settings
+        self._sweeper = server.sweeper
+        self._now_s = server.clock.now_s
+        self._parser = httptools.HttpRequestParser(self)
+        self.receiving: Request | None = None
+        """Its head is here, its body is not whole."""
+        self.deaf = False
+        """Whether what still comes is thrown away."""
+        self.in_head = False
+        self.since_s = self._sweeper.now_s
+        """When the head, the body or the idle time that is under way began."""
+        self._url = b""
+        self._fields: dict[bytes, bytes] = {}
+        self._head_bytes = 0
+        self._body_bytes = 0
+        self._framing_bytes = 0
+        self._upgrading = False
+        self._resuming = False
+
+    def feed(self, data: bytes) -> None:
+        """Bytes of the client."""
+        if self.deaf:
+            return
+        if self.receiving is not None:
+            self._framing_bytes += len(data)
+        elif self.in_head:
+            self._head_bytes += len(data)
+        else:
+            self.in_head = True
+            self._head_bytes = len(data)
+            self.since_s = self._sweeper.now_s
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+            return
+        except httptools.HttpParserError as error:
+            self._stop(error)
+            return
+        most = self._settings.header_bytes_max
+        if self.in_head and self._head_bytes > most:
+            self.refuse(HeadersTooLarge("the request's headers are too long"))
+        elif self._framing_bytes > most and self.receiving is not None:
+            self.refuse(InvalidRequest("the body's framing is longer than the body"))
+
+    def refuse(self, error: SLLMError) -> None:
+        """Take no more of what the client sends; answer `error` when its turn comes."""
+        self.deaf = True
+        self.in_head = False
+        if self.receiving is not None:
+            self.receiving.keep_alive = False
+            self.receiving.broken(error)
+            return
+        request = Request(self._connection, "", "", "", {}, self._now_s(), keep_alive=False)
+        request.refusal = error
+        self._connection.enqueue(request)
+
+    def sweep(self, now_s: float) -> None:
+        """Refuse what has not come in time."""
+        settings = self._settings
+        age_s = now_s - self.since_s
+        if self.deaf:
+            return
+        if self.receiving is not None:
+            judged_s = age_s - settings.body_rate_grace_s
+            if age_s >= settings.body_timeout_s or (
+                judged_s > 0 and self._body_bytes < judged_s * settings.body_rate_min_bytes_s
+            ):
+                self.refuse(RequestTimeout("the body did not arrive in time"))
+        elif self.in_head and age_s >= settings.header_timeout_s:
+            self.refuse(RequestTimeout("the request's headers did not arrive in time"))
+
+    # The parser's events.
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        fields = self._fields
+        self._fields = {}
+        if self._resuming:
+            self._resuming = False
+            return
+        url = self._url
+        self._url = b""
+        self.in_head = False
+        parser = self._parser
+        keep_alive = parser.should_keep_alive()
+        version = "1.1"
+        if not keep_alive or b"connection" in fields:
+            version = parser.get_http_version()
+        path, _, query = url.partition(b"?")
+        if not path.startswith(b"/"):
+            path = _origin_form(path)
+        method = parser.get_method()
+        request = Request(
+            self._connection,
+            _METHODS.get(method) or method.decode(),
+            path.decode(),
+            query.decode(),
+            fields,
+            self._now_s(),
+            keep_alive=keep_alive,
+        )
+        if version != "1.1":
+            request.framed = request.keep_alive = False
+        self.receiving = request
+        self._body_bytes = self._framing_bytes = 0
+        self.since_s = self._sweeper.now_s
+        request.refusal = self._refusal(fields, url, version)
+        self._connection.enqueue(request)
+        if request.refusal is not None:
+            raise _Refused(request.refusal)
+
+    def on_body(self, data: bytes) -> None:
+        self._framing_bytes = 0
+        self._body_bytes += len(data)
+        if self._body_bytes > self._settings.body_bytes_max:
+            raise _Refused(self._too_large())
+        cast("Request", self.receiving).take(data)
+
+    def on_message_complete(self) -> None:
+        if self._upgrading:
+            return
+        request = cast("Request", self.receiving)
+        self.receiving = None
+        if self._fields:
+            self._fields = {}  # trailers
+        request.received()
+
+    def _too_large(self) -> RequestTooLarge:
+        return RequestTooLarge(f"the body is longer than {self._settings.body_bytes_max} bytes")
+
+    def _refusal(self, fields: dict[bytes, bytes], url: bytes, version: str) -> SLLMError | None:
+        """Why a request with this head is not even given to the handler."""
+        settings = self._settings
+        if self._head_bytes > settings.header_bytes_max:
+            # The head may share its packet with a body: only then is it worth counting.
+            size = len(url) + sum(map(len, fields)) + sum(map(len, fields.values()))
+            if size > settings.header_bytes_max:
+                return HeadersTooLarge("the request's headers are too long")
+        if len(fields) > settings.headers_max:
+            return HeadersTooLarge("the request has too many headers")
+        if version == "1.1":
+            if b"host" not in fields:
+                return InvalidRequest("the request has no Host header")
+        elif version != "1.0" or b"transfer-encoding" in fields:
+            return InvalidRequest(f"HTTP/{version} is not spoken here in this way")
+        if fields.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+            return InvalidRequest("this transfer-encoding is not spoken here")
+        if int(fields.get(b"content-length", 0)) > settings.body_bytes_max:
+            return self._too_large()
+        if b"upgrade" in fields:
+            self._upgrading = self._parser.should_upgrade()
+        return None
+
+    def _stop(self, error: httptools.HttpParserError) -> None:
+        """The parser gave up, or was told to."""
+        cause = error.__context__
+        if isinstance(cause, _Refused):
+            self.refuse(cause.error)
+        elif isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
+            raise cause
+        elif self.receiving is None and self._connection.closing_after_last():
+            self.deaf = True  # bytes after `Connection: close`
+        else:
+            self.refuse(InvalidRequest(f"the request is not HTTP: {error}"))
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Read on as if no upgrade had been asked for: the parser skips the body of such a
+        request (and some HTTP clients offer h2c with every POST), so a new one takes over."""
+        self._upgrading = False
+        request = cast("Request", self.receiving)
+        if request.method == "CONNECT":
+            self.refuse(InvalidRequest("CONNECT is not spoken here"))
+            return
+        framing = f"content-length: {request.headers.get('content-length') or 0}"
+        if request.headers.get("transfer-encoding") is not None:
+            framing = "transfer-encoding: chunked"
+        self._parser = httptools.HttpRequestParser(self)
+        self._resuming = True
+        self._parser.feed_data(f"POST / HTTP/1.1\r\n{framing}\r\n\r\n".encode())
+        self._url = b""
+        if rest:
+            self.feed(rest)
