@@ -127,12 +127,13 @@ class Bringer:
         budgets = {level: tier.budget_bytes for level, tier in self._tiers.items()}
         copy, *later = plan(job.index, nearest, wanted, budgets)
         source = None if found is None else found.held
+        behind = tuple(self._behind.values())  # each holds a copy in DRAM, for a moment
         try:
             filled = await self._pipeline.run(copy, job, source, meter)
         except OutOfSpace:
-            if not self._behind:
+            if not behind:
                 raise
-            await asyncio.wait(self._behind.values())  # each of them holds a copy in DRAM
+            await asyncio.wait(behind)
             filled = await self._pipeline.run(copy, job, source, meter)
         if filled is None:
             return None
