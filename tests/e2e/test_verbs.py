@@ -113,8 +113,8 @@ def test_doctor_sees_the_server(server):
         (("rm", "tinny", "--yes"), "tinny", "sllm ls"),
         (("run", "tinny", "hello"), "tinny", "did you mean tiny"),
         (("load", "a b"), "not valid", ""),
-        (("load", "fake", "--keep-alive", "soon"), "keep_alive", ""),
-        (("pull", "x", "--source", "ftp://x"), "use hf://", ""),
+        (("load", "fake", "--keep-alive", "soon"), "duration 'soon'", "5m"),
+        (("pull", "x", "--source", "ftp://x"), "source 'ftp://x'", "hf://"),
         (("pull", "x", "--source", "file:///none.gguf"), "none.gguf", ""),
     ],
 )

@@ -17,12 +17,18 @@ def run(main: Main) -> None:
 
     The first SIGTERM or SIGINT sets its event (drain); the second cancels it (close at once);
     the third ends the process where it stands.
+
+    Raises:
+        KeyboardInterrupt: it took a second signal.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_under_signals(main))
+        finished = runner.run(_under_signals(main))
+    if not finished:
+        raise KeyboardInterrupt
 
 
-async def _under_signals(main: Main) -> None:
+async def _under_signals(main: Main) -> bool:
+    """Whether `main` came to its own end, rather than being cancelled by a second signal."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
@@ -46,6 +52,8 @@ async def _under_signals(main: Main) -> None:
     except asyncio.CancelledError:
         if seen < 2:
             raise
+        return False
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+    return True
