@@ -27,6 +27,7 @@ from serverlessllm.ingest.leftovers import sweep
 from serverlessllm.ingest.messages import WorkRequest
 from serverlessllm.ingest.settings import IngestSettings
 from serverlessllm.ingest.space import WorkSpace
+from serverlessllm.metadata.base import LeaseLost
 from serverlessllm.metadata.registry import JobChanged, JobClaim, Registry, Resync
 from serverlessllm.store.checkpoints import CheckpointStore
 from serverlessllm.telemetry.logs import log
@@ -61,12 +62,17 @@ async def run_job(
     Raises:
         SLLMError: why the job failed, here or there.
     """
-    while True:
+    for _ in range(runner.settings.claims_max):
         present = await _present(runner, model, spec)
         if present is not None:
             return present
         async with runner.turns:
-            taken = await runner.registry.claim_job(model, runner.owner, runner.settings.lease_s)
+            try:
+                taken = await runner.registry.claim_job(
+                    model, runner.owner, runner.settings.lease_s
+                )
+            except LeaseLost:
+                continue  # we were stopped for longer than a lease, right in there
             if isinstance(taken, JobClaim):
                 try:
                     return await _Owned(runner, taken, spec, on_progress).run()
@@ -77,6 +83,10 @@ async def run_job(
         if ended is not None and ended.error is not None:
             raise error_of(ended.error)
         await sweep(runner.work_dir, runner.store)  # of a claim that we once lost to them
+    raise Fenced(
+        f"the ingest of {model} lost its owner {runner.settings.claims_max} times: check that the "
+        "machines' clocks run and the metadata store answers"
+    )
 
 
 async def _present(runner: Runner, model: ModelId, spec: ModelSpec) -> ModelRecord | None:
@@ -197,7 +207,7 @@ class _Owned:
             space=runner.space,
             clock=runner.clock,
             observe=self._observe,
-            before_publish=lambda: runner.registry.keep_job(self._claim),
+            before_publish=lambda: runner.registry.update_job(self._claim, self._record),
         )
 
     def _observe(self, stage: JobStage, bytes_done: int, bytes_total: int | None) -> None:

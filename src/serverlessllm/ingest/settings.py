@@ -33,6 +33,8 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Ingestions this process takes on at once, running and waiting."""
     lease_s: float = 15.0
     """A job whose owner was silent for so long is taken over."""
+    claims_max: int = 8
+    """Owners that may be lost one after another before a job fails."""
     progress_interval_s: float = 0.5
     """Between two writes of a job's progress."""
     failure_cache_s: float = 5.0

@@ -19,8 +19,16 @@ from typing import BinaryIO
 import msgspec
 
 from serverlessllm.checkpoint.convert import ChunkDone, convert
+from serverlessllm.checkpoint.index import BIN_NAME, IDX_NAME, decode_index
+from serverlessllm.checkpoint.reader import verify
 from serverlessllm.checkpoint.sources.base import RawCheckpoint
-from serverlessllm.core.errors import InvalidRequest, ModelNotFound, OutOfSpace, SLLMError
+from serverlessllm.core.errors import (
+    CheckpointError,
+    InvalidRequest,
+    ModelNotFound,
+    OutOfSpace,
+    SLLMError,
+)
 from serverlessllm.core.failures import record_of
 from serverlessllm.core.units import format_size
 from serverlessllm.ingest.messages import (
@@ -71,6 +79,11 @@ def _work(request: WorkRequest, lines: Iterator[bytes], reports: BinaryIO) -> No
         lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)  # a predecessor that is just being killed
 
+        finished = _finished(folder, raw)
+        if finished is not None:
+            _say(reports, finished)
+            return
+
         def report(chunk: ChunkDone) -> None:
             _say(
                 reports,
@@ -90,6 +103,19 @@ def _work(request: WorkRequest, lines: Iterator[bytes], reports: BinaryIO) -> No
                 size_bytes=done.size_bytes,
             ),
         )
+
+
+def _finished(folder: Path, raw: RawCheckpoint) -> Done | None:
+    """What a run before us made of the same revision and could not publish, if it verifies."""
+    bin_path, idx_path = folder / BIN_NAME, folder / IDX_NAME
+    try:
+        index = decode_index(idx_path.read_bytes())
+        if (index.source, index.revision) != (raw.source, raw.revision):
+            return None
+        verify(bin_path, index)
+    except (OSError, CheckpointError):
+        return None
+    return Done(bin_path=str(bin_path), idx_path=str(idx_path), size_bytes=index.size_bytes)
 
 
 def _checked_size(raw: RawCheckpoint, request: WorkRequest) -> int:

@@ -52,10 +52,10 @@ class Cluster:
         clock: Clock | None = None,
         store: CheckpointStore | None = None,
     ) -> Ingestion:
-        """One more process's ingestion."""
+        """One more process's ingestion; `clock` is its own, leases always run on the real one."""
         clock = clock or SystemClock()
         ingestion = Ingestion(
-            self.registry(clock),
+            self.registry(),
             store or self.store,
             settings or self.settings,
             clock,
@@ -65,12 +65,15 @@ class Cluster:
         self._stack.push_async_callback(ingestion.close)
         return ingestion
 
-    def registry(self, clock: Clock | None = None) -> Registry:
-        metadata = SqliteMetadata(
-            self.folder / "metadata.db", MetadataSettings(), clock or SystemClock()
-        )
+    def metadata(self) -> SqliteMetadata:
+        """One more process's connection to the metadata store."""
+        metadata = SqliteMetadata(self.folder / "metadata.db", MetadataSettings(), SystemClock())
         self._stack.push_async_callback(metadata.close)
-        return Registry(metadata)
+        return metadata
+
+    def registry(self) -> Registry:
+        """The same, typed."""
+        return Registry(self.metadata())
 
     async def check(self, record: ModelRecord) -> bytes:
         """The `.idx` of a published model, after checking all of its bytes."""
