@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from serverlessllm.cli import options
 from serverlessllm.cli.failure import Failure
 
 if TYPE_CHECKING:
@@ -86,8 +87,9 @@ def _data_dir(given: str | None) -> Iterator[Path]:
     finally:
         from serverlessllm.loader.settings import default_dram_dir
 
-        shutil.rmtree(default_dram_dir(directory), ignore_errors=True)
-        shutil.rmtree(directory, ignore_errors=True)
+        runtime_dir = options.settings(data_dir=str(directory)).paths.runtime_dir
+        for made in (default_dram_dir(directory), runtime_dir, directory):
+            shutil.rmtree(made, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from serverlessllm.config.paths import derive
+from serverlessllm.config.settings import Settings
 from serverlessllm.core.ids import Address
 from serverlessllm.loader.settings import default_dram_dir
 
@@ -84,14 +86,15 @@ def sllm(verb: str, *arguments: str, data_dir: Path, name: str | None = None) ->
 
 @contextlib.contextmanager
 def data_directory(parent: Path, name: str = "data") -> Iterator[Path]:
-    """A data directory; its DRAM tier is removed with it."""
+    """A data directory; its DRAM tier and its sockets' directory are removed with it."""
     directory = parent / name
     directory.mkdir()
     try:
         yield directory
     finally:
-        shutil.rmtree(default_dram_dir(directory), ignore_errors=True)
-        shutil.rmtree(directory, ignore_errors=True)
+        runtime_dir = derive(Settings(data_dir=str(directory)), os.environ).runtime_dir
+        for made in (default_dram_dir(directory), runtime_dir, directory):
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def _announced(process: subprocess.Popen[str], log: Path) -> Address:
