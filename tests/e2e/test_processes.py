@@ -60,12 +60,3 @@ def test_a_restart_finds_what_it_had(data_dir, weights):
         loaded = run("load", "tiny", url=running.address)
         assert loaded.returncode == 0, loaded.stderr
         assert "(0 B moved" in loaded.stdout
-
-
-def test_the_demo_answers_three_times(data_dir):
-    done = run("demo", "--once", "--data-dir", str(data_dir), timeout_s=110)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("= to first token") == 3
-    cold, warm, hot = done.stdout.split("> What is 2+2?")[1:]
-    assert "fetch store→" in cold
-    assert "store→" not in warm + hot

@@ -243,24 +243,26 @@ def _last_load(client: Client) -> LastLoad | None:
 
 
 def _how_to_go_on(url: str) -> None:
+    """Commands that work as they are pasted."""
+    here = Path(sys.executable)
+    command = "sllm" if shutil.which("sllm") else str(here.with_name("sllm"))
     print(f"""
 Go on, from another shell:
 
-  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+  -d '{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
 
-  python - <<'END'
-  from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="unused")
-  answer = client.chat.completions.create(
-      model="{MODEL}", messages=[{{"role": "user", "content": "Hello!"}}])
-  print(answer.choices[0].message.content)
-  END
+{here} - <<'END'
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="unused")
+messages = [{{"role": "user", "content": "Hello!"}}]
+print(client.chat.completions.create(model="{MODEL}", messages=messages).choices[0].message.content)
+END
 
-  export SLLM_URL={url}
-  sllm run {MODEL}        # a chat
-  sllm ps                 # what lies and runs where
-  sllm explain {MODEL}    # why it was placed there
+export SLLM_URL={url}
+{command} run {MODEL}        # a chat
+{command} ps                 # what lies and runs where
+{command} explain {MODEL}    # why it was placed there
 
 Serving on {url} until Ctrl-C.""")
     sys.stdout.flush()
