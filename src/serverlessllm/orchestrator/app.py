@@ -33,7 +33,7 @@ from serverlessllm.orchestrator.view import ClusterView
 from serverlessllm.orchestrator.vigil import Vigil
 from serverlessllm.scheduler.settings import SchedulerSettings
 from serverlessllm.telemetry.logs import log
-from serverlessllm.telemetry.table import AGENTS, REQUESTS_WAITING
+from serverlessllm.telemetry.table import AGENTS, REQUESTS_RUNNING, REQUESTS_WAITING
 
 _log = log("orchestrator")
 _RESTART_S = 1.0
@@ -115,6 +115,7 @@ class Orchestrator:
         )
         self._internal = InternalServer(management.app, run_dir)
         self._edge: EdgeServer | None = None
+        self._routes: Routes | None = None
         self._background: list[asyncio.Task[None]] = []
         self._draining = False
         self._gauged: set[str] = set()
@@ -141,7 +142,7 @@ class Orchestrator:
         await self._feed.first_list()
         self._run("vigil", self._vigil.run)
         self._run("replicas", self._keep_replicas)
-        routes = Routes(
+        self._routes = routes = Routes(
             self._settings,
             guard=Guard(self._settings, listen),
             inference=self._inference,
@@ -213,6 +214,8 @@ class Orchestrator:
         suspect = sum(seen.suspect(now_s, silent_s) for seen in self.view.agents.values())
         AGENTS.set(suspect, "suspect")
         AGENTS.set(len(self.view.agents) - suspect, "alive")
+        for route, running in (self._routes.running() if self._routes else {}).items():
+            REQUESTS_RUNNING.set(running, route)
         waiting = self._room.waiting_for()
         for model in self._gauged - waiting.keys():
             REQUESTS_WAITING.forget(model)

@@ -64,9 +64,10 @@ class _Failure(msgspec.Struct, frozen=True):
 class _Loading:
     """One load under way and who wants it."""
 
-    __slots__ = ("done", "held", "progress", "task", "turn", "waiters")
+    __slots__ = ("done", "elsewhere", "held", "progress", "task", "turn", "waiters")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, elsewhere: bool) -> None:
+        self.elsewhere = elsewhere
         self.task: asyncio.Task[None] | None = None
         self.done: asyncio.Future[Loaded] = loop.create_future()
         self.turn: asyncio.Future[None] = loop.create_future()
@@ -143,7 +144,8 @@ class WaitingRoom:
         self._settings = settings
         self._clock = clock
         self._loadings: dict[ModelId, _Loading] = {}
-        self._failures: dict[ModelId, _Failure] = {}
+        self._failures: dict[tuple[ModelId, bool], _Failure] = {}
+        """By model and `elsewhere`: no room for a second replica says nothing of the first."""
         self._last_loads: dict[ModelId, Loaded] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting = 0
@@ -219,7 +221,8 @@ class WaitingRoom:
 
     def forget(self, model: ModelId) -> None:
         """An operator changed something: what happened before says nothing any more."""
-        self._failures.pop(model, None)
+        self._failures.pop((model, False), None)
+        self._failures.pop((model, True), None)
         self._last_loads.pop(model, None)
 
     async def close(self) -> None:
@@ -231,23 +234,23 @@ class WaitingRoom:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _start(self, model: ModelId, elsewhere: bool) -> _Loading:
-        self._raise_recent_failure(model)
+        self._raise_recent_failure(model, elsewhere)
         if self._closed or len(self._loadings) >= self._settings.loads_max:
             raise TooManyRequests(
                 "too many models are loading at once; try again shortly", retry_after_s=1.0
             )
-        loading = _Loading(asyncio.get_running_loop())
+        loading = _Loading(asyncio.get_running_loop(), elsewhere)
         self._loadings[model] = loading
-        task = asyncio.ensure_future(self._own(model, elsewhere, loading))
+        task = asyncio.ensure_future(self._own(model, loading))
         loading.task = task
         self._tasks.add(task)
         task.add_done_callback(partial(self._ended, model, loading))
         return loading
 
-    async def _own(self, model: ModelId, elsewhere: bool, loading: _Loading) -> None:
+    async def _own(self, model: ModelId, loading: _Loading) -> None:
         """The task that owns one load: its outcome is given to all waiters exactly once."""
         try:
-            loaded = await self._loads.bring_up(model, elsewhere, loading.publish)
+            loaded = await self._loads.bring_up(model, loading.elsewhere, loading.publish)
         except SLLMError as failure:
             self._fail(model, loading, failure)
         except Exception:  # noqa: BLE001 - boundary of a task: its waiters must hear of a bug
@@ -262,7 +265,7 @@ class WaitingRoom:
             loading.publish(LoadEvent(state="ready", hops=loaded.hops))
 
     def _fail(self, model: ModelId, loading: _Loading, error: SLLMError) -> None:
-        self._remember(model, error)
+        self._remember((model, loading.elsewhere), error)
         loading.fail(error)
 
     def _ended(self, model: ModelId, loading: _Loading, task: asyncio.Task[None]) -> None:
@@ -280,21 +283,21 @@ class WaitingRoom:
         if loading.task is not None:
             loading.task.cancel()
 
-    def _remember(self, model: ModelId, error: SLLMError) -> None:
+    def _remember(self, load: tuple[ModelId, bool], error: SLLMError) -> None:
         now_s = self._clock.now_s()
         for old in [key for key, failure in self._failures.items() if failure.until_s <= now_s]:
             del self._failures[old]
-        self._failures[model] = _Failure(
+        self._failures[load] = _Failure(
             error, now_s + self._settings.failure_cache_s, self._loads.fleet()
         )
 
-    def _raise_recent_failure(self, model: ModelId) -> None:
+    def _raise_recent_failure(self, model: ModelId, elsewhere: bool) -> None:
         """Answer from the negative cache, unless agents came or went since."""
-        failure = self._failures.get(model)
+        failure = self._failures.get((model, elsewhere))
         if failure is None:
             return
         if failure.until_s <= self._clock.now_s() or failure.fleet != self._loads.fleet():
-            del self._failures[model]
+            del self._failures[model, elsewhere]
             return
         raise failure.error.with_traceback(None)
 

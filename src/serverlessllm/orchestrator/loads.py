@@ -22,6 +22,7 @@ from serverlessllm.orchestrator.coldstart import Fleet, Loaded
 from serverlessllm.orchestrator.seams import Ingests
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.view import ClusterView, names_like, ready_agents
+from serverlessllm.telemetry.spans import span
 from serverlessllm.telemetry.table import SCHEDULE_DECISIONS, SCHEDULE_ERROR_SECONDS
 
 
@@ -91,6 +92,14 @@ class Loads:
         model: ModelId,
         elsewhere: bool,
         publish: Callable[[LoadEvent], None],
+    ) -> Loaded:
+        with span("orchestrator.load", loud=True, model=model, elsewhere=elsewhere) as stage:
+            loaded = await self._bring_up(model, elsewhere, publish)
+            stage.note(agent=loaded.agent, predicted_s=round(loaded.predicted_s, 3))
+        return loaded
+
+    async def _bring_up(
+        self, model: ModelId, elsewhere: bool, publish: Callable[[LoadEvent], None]
     ) -> Loaded:
         started_s = self._clock.now_s()
         record = await self.checkpointed(model, publish)

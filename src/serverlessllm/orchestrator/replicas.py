@@ -26,7 +26,8 @@ async def keep_replicas(
         for model in missing_replicas(view):
             ready = ready_agents(view, model)
             record = view.models[model]
-            if record.checkpoint is None or router.place(record, ready) is not None:
+            raw = record.checkpoint is None and record.spec.source is not None
+            if raw or router.place(record, ready) is not None:
                 room.hold(model, elsewhere=bool(ready))
         await view.changed(version, clock, settings.failure_cache_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from serverlessllm.core.agentapi import HopTiming
+from serverlessllm.core.ids import ModelId
 from serverlessllm.orchestrator.coldstart import Loaded
 
 _LINES = (
@@ -20,9 +21,10 @@ NOTHING_LINES = _WARM_LINES % (0, 0.0, 0.0)
 class Timing:
     """What is known of one request's time so far."""
 
-    __slots__ = ("first_byte_s", "loaded", "place_s", "sent_s", "waited_s")
+    __slots__ = ("first_byte_s", "loaded", "model", "place_s", "sent_s", "waited_s")
 
-    def __init__(self) -> None:
+    def __init__(self, model: ModelId) -> None:
+        self.model = model
         self.place_s = 0.0
         self.sent_s = 0.0
         """When it was sent to the agent that answers it; 0: not yet."""

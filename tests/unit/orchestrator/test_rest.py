@@ -182,7 +182,7 @@ def test_times_of_a_request_that_nothing_happened_to():
 
 
 def test_times_of_a_cold_request_are_those_of_its_load():
-    timing = Timing()
+    timing = Timing(ModelId("m"))
     timing.sent_s, timing.waited_s = 9.0, 8.0
     timing.loaded = Loaded(
         agent=AgentId("a"),

@@ -63,7 +63,7 @@ class _Call:
         """Agents that are ready and did not take it."""
         self.error: SLLMError | None = None
         """Of the last try."""
-        self.timing = Timing()
+        self.timing = Timing(model)
         request.state = self.timing
         self.tries = 0
         self.retrying = False
@@ -100,8 +100,8 @@ class Inference:
         ).encode()
         self._retrying = 0
 
-    async def answer(self, request: Request, parse: Parse) -> tuple[ModelId, int]:
-        """Serve one request to its end; the model's canonical name and the answer's status.
+    async def answer(self, request: Request, parse: Parse) -> int:
+        """Serve one request to its end; the answer's status. Its `Timing` is `request.state`.
 
         Raises:
             SLLMError: nothing was answered, or only comments were (`request.started`).
@@ -118,7 +118,7 @@ class Inference:
                 await self._before_retry(call)
         finally:
             self._end_retry(call)
-        return model, call.status
+        return call.status
 
     async def _attempt(self, call: _Call) -> bool:
         """Ask one agent; whether the client has its answer."""

@@ -29,13 +29,17 @@ from serverlessllm.orchestrator.rest.guard import Guard
 from serverlessllm.orchestrator.rest.inference import Inference, Parse
 from serverlessllm.orchestrator.rest.loading import StillLoading, loading_body
 from serverlessllm.orchestrator.settings import OrchestratorSettings
-from serverlessllm.orchestrator.timing import timing_lines
+from serverlessllm.orchestrator.timing import Timing, timing_lines
 from serverlessllm.orchestrator.view import ClusterView
+from serverlessllm.telemetry.logs import log
 from serverlessllm.telemetry.metrics import CONTENT_TYPE, render_metrics
 from serverlessllm.telemetry.table import CLIENTS_GONE, REQUEST_SECONDS, REQUESTS
 
+_log = log("orchestrator")
+
 _OK = 200
 _GONE = 499
+_BUG = 500
 _DRAINING = Draining("this server is shutting down; send the request again")
 _JSON = (("content-type", "application/json"),)
 _PLAIN = "text/plain; charset=utf-8"
@@ -76,6 +80,7 @@ class Routes:
         self._not_ready = not_ready
         self._before_metrics = before_metrics
         self._clock = clock
+        self._running = dict.fromkeys(_PARSERS, 0)
         self._plain: dict[str, Callable[[Request], None]] = {
             _MODELS: self._list_models,
             "/livez": _alive,
@@ -86,35 +91,53 @@ class Routes:
     async def handle(self, request: Request) -> None:
         """Answer one request, whatever happens."""
         path = request.path
-        model, status = "", _OK
+        parse = _PARSERS.get(path)
+        if parse is None:
+            self._guard.check(request)
+            await self._other(request)
+            return
+        status = _BUG
+        self._running[path] += 1
         try:
             self._guard.check(request)
-            parse = _PARSERS.get(path)
-            if parse is None:
-                await self._other(request)
-                return
             if request.method != "POST":
                 raise MethodNotAllowed(f"{path} takes POST")
-            model, status = await self._inference.answer(request, parse)
+            status = await self._inference.answer(request, parse)
         except SLLMError as error:
             status = error.status
             if not request.started:
                 raise
             await _end_stream(request, error)
         except asyncio.CancelledError:
-            status = _GONE
-            if request.started and not request.finished and request.connected:
-                await _end_stream(request, _DRAINING)
-            CLIENTS_GONE.inc(_route(path))
+            if request.connected:
+                # A drain's grace is over: the edge tells whoever has heard nothing yet.
+                status = _DRAINING.status
+                if request.started:
+                    await _end_stream(request, _DRAINING)
+            else:
+                status = _GONE
+                CLIENTS_GONE.inc(path)
             raise
         finally:
-            if path in _PARSERS:
-                REQUESTS.inc(path, model, str(status))
-                REQUEST_SECONDS.observe(self._clock.now_s() - request.arrived_s, path, model)
+            self._note(request, status)
 
     def answer_headers(self, request: Request) -> bytes:
         """The header lines of every answer: where its time went."""
         return timing_lines(request.state, request.arrived_s, self._clock.now_s())
+
+    def running(self) -> dict[str, int]:
+        """Requests being answered, by route."""
+        return dict(self._running)
+
+    def _note(self, request: Request, status: int) -> None:
+        """The one place that counts a request, however it ended."""
+        path, timing = request.path, request.state
+        model = timing.model if isinstance(timing, Timing) else ""
+        seconds = self._clock.now_s() - request.arrived_s
+        self._running[path] -= 1
+        REQUESTS.inc(path, model, str(status))
+        REQUEST_SECONDS.observe(seconds, path, model)
+        _log.debug("request", request=request.id, model=model, status=status, seconds=seconds)
 
     async def _other(self, request: Request) -> None:
         """Everything that is not hot."""
@@ -193,10 +216,3 @@ def _json(request: Request, body: bytes) -> None:
 
 def _text(request: Request, body: bytes, content_type: str = _PLAIN) -> None:
     request.respond(_OK, (("content-type", content_type),), body)
-
-
-def _route(path: str) -> str:
-    """A label with few values."""
-    if path in _PARSERS or path == _MODELS:
-        return path
-    return _MANAGEMENT if path.startswith(_MANAGEMENT) else "other"
