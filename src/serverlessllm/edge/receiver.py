@@ -155,7 +155,7 @@ class Receiver:
         self.receiving = request
         self._body_bytes = self._framing_bytes = 0
         self.since_s = self._sweeper.now_s
-        request.refusal = self._refusal(fields, url, version)
+        request.refusal = self._refusal(fields, url, path, version)
         self._connection.enqueue(request)
         if request.refusal is not None:
             raise _Refused(request.refusal)
@@ -179,7 +179,9 @@ class Receiver:
     def _too_large(self) -> RequestTooLarge:
         return RequestTooLarge(f"the body is longer than {self._settings.body_bytes_max} bytes")
 
-    def _refusal(self, fields: dict[bytes, bytes], url: bytes, version: str) -> SLLMError | None:
+    def _refusal(
+        self, fields: dict[bytes, bytes], url: bytes, path: bytes, version: str
+    ) -> SLLMError | None:
         """Why a request with this head is not even given to the handler."""
         settings = self._settings
         if self._head_bytes > settings.header_bytes_max:
@@ -189,6 +191,8 @@ class Receiver:
                 return HeadersTooLarge("the request's headers are too long")
         if len(fields) > settings.headers_max:
             return HeadersTooLarge("the request has too many headers")
+        if not path.startswith(b"/") and path != b"*":
+            return InvalidRequest("the request's target is not a path")
         if version == "1.1":
             if b"host" not in fields:
                 return InvalidRequest("the request has no Host header")
@@ -219,9 +223,6 @@ class Receiver:
         request (and some HTTP clients offer h2c with every POST), so a new one takes over."""
         self._upgrading = False
         request = cast("Request", self.receiving)
-        if request.method == "CONNECT":
-            self.refuse(InvalidRequest("CONNECT is not spoken here"))
-            return
         framing = f"content-length: {request.headers.get('content-length') or 0}"
         if request.headers.get("transfer-encoding") is not None:
             framing = "transfer-encoding: chunked"
