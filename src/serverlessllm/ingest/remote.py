@@ -85,20 +85,25 @@ class Fetcher:
             is_sequel = (file, number) in self._blocks or (file, number - 1) in self._blocks
             ahead = settings.read_ahead_blocks if is_sequel or number == 0 else 1
             for wanted in reversed(range(number, min(number + ahead, count))):
-                if (file, wanted) not in self._blocks:
+                if _is_failed(self._blocks.get((file, wanted))):
                     self._blocks[file, wanted] = asyncio.run_coroutine_threadsafe(
                         self._read(file, wanted), self._loop
                     )
                 self._blocks.move_to_end((file, wanted))
             block = self._blocks[file, number]
             while len(self._blocks) > max(settings.cached_blocks, ahead):
-                self._blocks.popitem(last=False)[1].cancel()
+                self._blocks.popitem(last=False)  # not cancelled: another reader may wait for it
             return block
 
     async def _read(self, file: RemoteFile, number: int) -> memoryview:
         start = number * self._settings.block_bytes
         size = min(self._settings.block_bytes, file.size_bytes - start)
         return memoryview(await file.objects.read(file.path, start, size, etag=file.etag))
+
+
+def _is_failed(block: Future[memoryview] | None) -> bool:
+    """Whether a block is not here and not under way."""
+    return block is None or (block.done() and (block.cancelled() or block.exception() is not None))
 
 
 class RemoteFile(msgspec.Struct, frozen=True, kw_only=True, eq=False):

@@ -55,7 +55,10 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (r"certificate|tls", "its TLS certificate is not accepted"),
     (r"timed? ?out", "it does not answer in time"),
     (r"non-partial response|contentrange|content-range", "it ignores ranges"),
-    (r"decod|incomplete|end of file|unexpected length|connection (closed|reset)", "it cut a body"),
+    (
+        r"decod|incomplete|end of file|unexpected length|connection (closed|reset)|body error",
+        "it cut a body",
+    ),
     (r"scheme is not allowed|invalid url, scheme", "http needs allow_http = true"),
 )
 _STATUS = re.compile(r"(?:status|http error)[^0-9]{0,20}([45]\d\d)", re.IGNORECASE)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -41,11 +42,16 @@ class Workers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pids: list[int] = []
+        self.file_bytes_max: int | None = None
+        """The disk of the next one seems full beyond this."""
         enter = WorkerProcess.__aenter__
 
         async def noting(worker: WorkerProcess) -> WorkerProcess:
             entered = await enter(worker)
             self.pids.append(worker.pid)
+            if self.file_bytes_max is not None:
+                hard = resource.RLIM_INFINITY
+                resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (self.file_bytes_max, hard))
             return entered
 
         monkeypatch.setattr(WorkerProcess, "__aenter__", noting)
@@ -71,7 +77,7 @@ def publish_small(hub: HubServer, tmp_path: Path) -> None:
 
 def publish_big(hub: HubServer, tmp_path: Path) -> int:
     """A model of several chunks; its size."""
-    path = write_random_gguf(tmp_path / "big.gguf", layers=5, width=1024)
+    path = write_random_gguf(tmp_path / "big.gguf", layers=2, width=1024)
     hub.add("org/name", {"big.gguf": path})
     assert path.stat().st_size > 3 * 16 * MIB
     return path.stat().st_size
@@ -420,6 +426,20 @@ async def test_no_room_is_said_before_anything_is_fetched(
         await ingestion.ensure(MODEL, SPEC)
     assert cluster.leftovers == []
     assert await cluster.store.list() == ()
+
+
+async def test_a_disk_that_fills_up_leaves_nothing(
+    cluster: Cluster, hub: HubServer, workers: Workers, tmp_path: Path
+) -> None:
+    publish_small(hub, tmp_path)
+    workers.file_bytes_max = 50_000
+    ingestion = await cluster.join()
+    with pytest.raises(OutOfSpace):
+        await ingestion.ensure(MODEL, SPEC)
+    assert cluster.leftovers == []
+    assert await cluster.store.list() == ()
+    assert cluster.store.root is not None
+    assert list(cluster.store.root.iterdir()) == []
 
 
 async def test_the_operator_s_spec_is_kept(
