@@ -14,6 +14,7 @@ def test_every_error_has_its_place_in_the_contract(error):
     assert error.status in {
         400,
         401,
+        403,
         404,
         405,
         408,
