@@ -1,7 +1,8 @@
 """Checkpoints in a store: `<model>/<revision>/model.bin`, then `model.idx`, create-only.
 
 Who sees an `.idx` has a whole checkpoint. Whatever a crash leaves has no `.idx`: it is invisible,
-and the next publisher of that prefix replaces it.
+and the next publisher of that prefix replaces it. On S3 and the like a killed publisher also leaves
+an unfinished multipart upload, which only a lifecycle rule of the bucket can find and remove.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class CheckpointStore:
 
     @property
     def where(self) -> str:
-        """The store's name for people: scheme and host, or the folder; never a secret."""
+        """The store's name for people: scheme and host; no secret, and no path of this machine."""
         return self.objects.where
 
     @property

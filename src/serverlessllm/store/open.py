@@ -80,7 +80,7 @@ def _open_folder(
 ) -> Objects:
     if host not in {"", "localhost"} or not path.is_absolute():
         raise StoreMisconfigured("store URL: write file:///absolute/folder, with three slashes")
-    where = f"file://{path}"
+    where = f"file://…/{path.name}"  # clients see it: no path of ours
     try:
         store = LocalStore(path, automatic_cleanup=True, mkdir=create)
     except (BaseError, OSError) as error:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from serverlessllm.checkpoint.index import decode_index
+from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.cluster import JobRecord, JobStage
 from serverlessllm.core.errors import (
     Conflict,
@@ -29,6 +30,8 @@ from serverlessllm.core.units import MIB, TIB
 from serverlessllm.ingest.errors import WorkerCrashed
 from serverlessllm.ingest.process import WorkerProcess
 from serverlessllm.metadata.registry import JobClaim
+from serverlessllm.store.open import open_store
+from serverlessllm.store.settings import StoreSettings
 from serverlessllm.testing.checkpoints import write_random_gguf, write_random_safetensors
 from serverlessllm.testing.clock import VirtualClock
 from serverlessllm.testing.hub import Faults, HubServer
@@ -251,6 +254,28 @@ async def test_a_converter_killed_in_the_middle_changes_nothing(
     assert len(workers.pids) > 1
     await expect_unharmed(cluster, record, tmp_path / "big.gguf")
     assert workers.alive == []
+
+
+async def test_an_upload_goes_on_right_after_a_killed_converter(
+    cluster: Cluster, hub: HubServer, workers: Workers, tmp_path: Path
+) -> None:
+    """A store that nothing can be linked into: it is sent the file in parts, as it grows."""
+    size = publish_big(hub, tmp_path)
+    store = open_store("memory://", StoreSettings(part_bytes=MIB), SystemClock())
+    ingestion = await cluster.join(store=store)
+    moments = [16 * MIB]
+
+    def kill(record: JobRecord) -> None:
+        if moments and record.stage is JobStage.CONVERTING and record.bytes_done >= moments[0]:
+            moments.pop()
+            workers.kill()
+
+    record = await ingestion.ensure(MODEL, spec_of(f"file://{tmp_path}/big.gguf"), kill)
+    assert len(workers.pids) == 2
+    assert record.checkpoint is not None
+    published = await store.read_range(record.checkpoint.prefix, 0, size)
+    assert published == (tmp_path / "big.gguf").read_bytes()
+    assert cluster.leftovers == []
 
 
 @pytest.mark.parametrize("seed", range(3))
