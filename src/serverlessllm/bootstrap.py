@@ -50,10 +50,11 @@ Stop = asyncio.Event
 
 async def serve(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
     """Orchestrator, ingestion and agent in this process, until `stop`."""
+    listen, agent_listen = _listen(loaded), _agent_listen(loaded)
     async with (
         _parts(loaded) as parts,
-        _running(build_agent(parts), _agent_listen(loaded)) as (agent, _),
-        _orchestrator(parts) as (orchestrator, address),
+        _running(build_agent(parts), agent_listen) as (agent, _),
+        _orchestrator(parts, listen) as (orchestrator, address),
     ):
         await _until(stop, address, on_ready)
         # The front door first: its running answers need the agent.
@@ -63,17 +64,16 @@ async def serve(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
 
 async def serve_orchestrator(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
     """The front door and ingestion; agents are other processes."""
-    async with _parts(loaded) as parts, _orchestrator(parts) as (orchestrator, address):
+    listen = _listen(loaded)
+    async with _parts(loaded) as parts, _orchestrator(parts, listen) as (orchestrator, address):
         await _until(stop, address, on_ready)
         await orchestrator.drain()
 
 
 async def serve_agent(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
     """One node's daemon; orchestrators find it through the metadata store."""
-    async with (
-        _parts(loaded) as parts,
-        _running(build_agent(parts), _agent_listen(loaded)) as (agent, address),
-    ):
+    listen = _agent_listen(loaded)
+    async with _parts(loaded) as parts, _running(build_agent(parts), listen) as (agent, address):
         await _until(stop, address, on_ready)
         await agent.drain()
 
@@ -249,15 +249,12 @@ async def _parts(loaded: Loaded) -> AsyncIterator[Parts]:
 
 
 @asynccontextmanager
-async def _orchestrator(parts: Parts) -> AsyncIterator[tuple[Orchestrator, Address]]:
+async def _orchestrator(
+    parts: Parts, listen: Address
+) -> AsyncIterator[tuple[Orchestrator, Address]]:
     """The front door with the ingestion behind it."""
     await register_demo(parts.registry)
     ingestion = build_ingestion(parts)
-    settings = parts.loaded.settings.orchestrator
-    listen = parse_listen(
-        settings.listen,
-        allow_remote=settings.allow_public_without_key or bool(settings.api_key_sha256),
-    )
     try:
         await ingestion.start()
         async with _running(build_orchestrator(parts, ingestion), listen) as running:
@@ -274,6 +271,15 @@ async def _until(stop: Stop, address: Address, on_ready: OnReady) -> None:
     on_ready(address)
     await stop.wait()
     _log.info("draining")
+
+
+def _listen(loaded: Loaded) -> Address:
+    """Where clients are served; refused before anything is started."""
+    settings = loaded.settings.orchestrator
+    return parse_listen(
+        settings.listen,
+        allow_remote=settings.allow_public_without_key or bool(settings.api_key_sha256),
+    )
 
 
 def _agent_listen(loaded: Loaded) -> Address | None:

@@ -18,6 +18,7 @@ class Server(NamedTuple):
 
     url: str
     data_dir: Path
+    log: Path
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[
             aliases=["t"],
         )
         register(running.address, model="fake", backend="fake")
-        yield Server(running.address, directory)
+        yield Server(running.address, directory, running.log)
 
 
 @pytest.fixture

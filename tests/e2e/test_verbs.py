@@ -16,7 +16,7 @@ from tests.e2e.system import run
 
 def ok(server: Server, *arguments: str, stdin: str = "") -> str:
     done = run(*arguments, url=server.url, stdin=stdin)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr + server.log.read_text()[-4000:]
     return done.stdout
 
 
