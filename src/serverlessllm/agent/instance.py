@@ -35,6 +35,8 @@ class Activity:
         """Answers that are over."""
         self.progress: int | None = None
         """The engine's own count at the last reading."""
+        self.read_s = 0.0
+        """When its figures were last read."""
         self.moved_s = 0.0
         """When something last moved."""
         self.proven_s = 0.0

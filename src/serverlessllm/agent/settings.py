@@ -67,7 +67,10 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     hang_cpu_share: float = 0.05
     """Of one core: what a silent instance must use between two looks to count as working."""
     watch_interval_s: float = 1.0
-    """Between two looks at a busy instance, and two readings of its own figures."""
+    """Between two looks at a busy instance."""
+    stats_interval_s: float = 2.5
+    """Between two readings of a busy instance's own figures. Whatever llama.cpp answers puts its
+    look for departed clients (once a second) off, so this is longer."""
     stats_timeout_s: float = 2.0
     """How long an instance may take to tell its figures."""
 

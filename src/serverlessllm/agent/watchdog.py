@@ -48,8 +48,11 @@ class Watchdog:
             await asyncio.gather(*(self._look(instance) for instance in busy))
 
     async def _look(self, instance: Instance) -> None:
-        await self._read_figures(instance)
         now_s = self._clock.now_s()
+        if now_s - instance.activity.read_s >= self._settings.stats_interval_s:
+            instance.activity.read_s = now_s
+            await self._read_figures(instance)
+            now_s = self._clock.now_s()
         self._note_bytes(instance, now_s)
         if instance.process is None or instance.process.exited.done() or not instance.running:
             return

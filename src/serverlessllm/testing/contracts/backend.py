@@ -1,0 +1,272 @@
+"""What every backend must do; an adapter's own test file only builds the harness.
+
+A real process is started for each test, on a unix socket or a port of this machine, and asked
+over HTTP, as an agent would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import pytest
+
+from serverlessllm.backends.base import Backend, Launch, LaunchPlan, Node, Offer, Refusal
+from serverlessllm.backends.process import BackendProcess
+from serverlessllm.backends.procfs import session_members
+from serverlessllm.backends.settings import BackendSettings
+from serverlessllm.checkpoint.index import Index
+from serverlessllm.core.clock import SystemClock
+from serverlessllm.core.ids import InstanceId
+from serverlessllm.core.models import ModelSpec
+from serverlessllm.edge.settings import UpstreamSettings
+from serverlessllm.edge.upstream import Upstreams
+
+NODE = Node(cpus=1, dram_free_bytes=1 << 32)
+LEAVE_S_MAX = 1.5
+"""How long a backend may go on generating for a client that has left: a second, and half of one
+for a busy machine."""
+_JSON = (("content-type", "application/json"),)
+
+
+class BackendHarness(Protocol):
+    """What a test file knows of its backend."""
+
+    backend: Backend
+    spec: ModelSpec
+    """A model that it serves; an answer may have 2,000 tokens and then takes over a second."""
+    index: Index | None
+    model_path: Path | None
+    index_path: Path | None
+    refused: tuple[tuple[ModelSpec, Index | None], ...]
+    """Models that it must refuse."""
+    stats_path: str
+    """Where this server tells its figures, read by `stats_backend`."""
+    stats_backend: Backend
+    logprobs: bool
+    embeddings: bool
+
+
+class Running:
+    """A started backend, and a client of it."""
+
+    def __init__(
+        self, harness: BackendHarness, plan: LaunchPlan, process: BackendProcess, client: Upstreams
+    ) -> None:
+        self._harness = harness
+        self.plan = plan
+        self.process = process
+        self.client = client
+
+    async def ask(self, path: str, body: object, method: str = "POST") -> tuple[int, Any]:
+        """Status and decoded body; `body` may be raw bytes."""
+        sent = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        async with self.client.send(self.plan.address, method, path, _JSON, sent) as response:
+            return response.status, msgspec.json.decode(await response.read())
+
+    async def stream(self, path: str, body: object) -> list[str]:
+        """The data of every event."""
+        async with self.client.send(
+            self.plan.address, "POST", path, _JSON, msgspec.json.encode(body)
+        ) as response:
+            assert response.status == 200
+            assert (response.headers.get("content-type") or "").startswith("text/event-stream")
+            lines = [line async for line in response.lines()]
+        return [line[6:].decode() for line in lines if line.startswith(b"data: ")]
+
+    async def running(self) -> int:
+        """Requests that the engine works on."""
+        async with self.client.send(self.plan.address, "GET", self._harness.stats_path) as response:
+            return self._harness.stats_backend.parse_stats(await response.read()).running
+
+
+@contextlib.asynccontextmanager
+async def started(harness: BackendHarness, directory: Path) -> AsyncIterator[Running]:
+    """Start the harness's model in a fresh run directory; stop it at the end."""
+    run_dir = directory / "run"
+    run_dir.mkdir(mode=0o700)
+    clock, settings = SystemClock(), BackendSettings()
+    offer = harness.backend.can_serve(harness.spec, harness.index, NODE)
+    assert isinstance(offer, Offer), offer
+    plan = harness.backend.launch(
+        Launch(
+            instance=InstanceId("contract"),
+            spec=harness.spec,
+            index=harness.index,
+            model_path=harness.model_path,
+            index_path=harness.index_path,
+            run_dir=run_dir,
+            node=NODE,
+            slots=offer.slots,
+        )
+    )
+    client = Upstreams(UpstreamSettings(), clock)
+    process = BackendProcess(
+        plan,
+        run_dir=run_dir,
+        log_path=directory / "backend.log",
+        environ=os.environ,
+        settings=settings,
+        clock=clock,
+    )
+    try:
+        await process.wait_ready(client)
+        yield Running(harness, plan, process, client)
+    finally:
+        await process.stop()
+        await client.close()
+
+
+def _chat(**fields: object) -> dict[str, object]:
+    return {
+        "model": "contract/model",
+        "messages": [{"role": "user", "content": "What is 2+2?"}],
+        "max_tokens": 8,
+    } | fields
+
+
+class BackendContract:
+    """Subclass with a `harness` fixture."""
+
+    @pytest.fixture
+    async def backend(self, harness: BackendHarness, tmp_path: Path) -> AsyncIterator[Running]:
+        async with started(harness, tmp_path) as running:
+            yield running
+
+    def test_it_says_what_it_costs(self, harness: BackendHarness) -> None:
+        assert harness.backend.installed() is None
+        offer = harness.backend.can_serve(harness.spec, harness.index, NODE)
+        assert isinstance(offer, Offer)
+        assert offer.slots >= 1
+        assert offer.memory_bytes >= 0
+
+    def test_what_it_cannot_serve_it_refuses_with_a_reason(self, harness: BackendHarness) -> None:
+        for spec, index in harness.refused:
+            refusal = harness.backend.can_serve(spec, index, NODE)
+            assert isinstance(refusal, Refusal)
+            assert len(refusal.reason) > 10
+
+    async def test_chat(self, backend: Running) -> None:
+        status, answer = await backend.ask("/v1/chat/completions", _chat())
+        assert status == 200
+        assert answer["object"] == "chat.completion"
+        choice = answer["choices"][0]
+        assert choice["message"]["role"] == "assistant"
+        assert choice["message"]["content"]
+        assert choice["finish_reason"] in {"stop", "length"}
+        usage = answer["usage"]
+        assert 1 <= usage["completion_tokens"] <= 8
+        assert usage["prompt_tokens"] > 0
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+    async def test_completion(self, backend: Running) -> None:
+        status, answer = await backend.ask(
+            "/v1/completions", {"model": "m", "prompt": "one two", "max_tokens": 4}
+        )
+        assert status == 200
+        assert answer["object"] == "text_completion"
+        assert answer["choices"][0]["text"]
+
+    async def test_stream(self, backend: Running) -> None:
+        *events, done = await backend.stream(
+            "/v1/chat/completions", _chat(stream=True, stream_options={"include_usage": True})
+        )
+        assert done == "[DONE]"
+        chunks = [msgspec.json.decode(event) for event in events]
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+        choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+        assert "".join(choice["delta"].get("content") or "" for choice in choices)
+        assert choices[-1]["finish_reason"] in {"stop", "length"}
+        assert [chunk["usage"] for chunk in chunks if chunk.get("usage")][-1]["total_tokens"] > 1
+
+    @pytest.mark.parametrize("stream", [True, False])
+    async def test_a_client_that_leaves_ends_its_generation(
+        self, backend: Running, stream: bool
+    ) -> None:
+        body = msgspec.json.encode(_chat(stream=stream, max_tokens=2000))
+
+        async def ask() -> None:
+            async with backend.client.send(
+                backend.plan.address, "POST", "/v1/chat/completions", _JSON, body
+            ) as response:
+                await response.read()
+
+        asking = asyncio.ensure_future(ask())
+        try:
+            await _until(backend, running=1)
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        # One look at the deadline and none before: llama.cpp puts its own look for departed
+        # clients off by a second whenever it answers anybody.
+        await asyncio.sleep(LEAVE_S_MAX)
+        assert await backend.running() == 0
+
+    @pytest.mark.parametrize(
+        "body",
+        [b"{not json", b'"text"', b"{}", b'{"messages": 5}'],
+    )
+    async def test_bad_input_is_a_4xx_in_json(self, backend: Running, body: bytes) -> None:
+        status, answer = await backend.ask("/v1/chat/completions", body)
+        assert 400 <= status < 500
+        assert answer["error"]["message"]
+        status, _ = await backend.ask("/v1/chat/completions", _chat())
+        assert status == 200
+
+    async def test_logprobs_if_offered(self, backend: Running, harness: BackendHarness) -> None:
+        status, answer = await backend.ask("/v1/chat/completions", _chat(logprobs=True))
+        assert status == 200
+        scores = answer["choices"][0].get("logprobs")
+        if harness.logprobs:
+            assert all(token["logprob"] <= 0 for token in scores["content"])
+        else:
+            assert not scores
+
+    async def test_embeddings_if_offered(self, backend: Running, harness: BackendHarness) -> None:
+        status, answer = await backend.ask(
+            "/v1/embeddings", {"model": "m", "input": ["one two", "three"]}
+        )
+        if not harness.embeddings:
+            assert status >= 400
+            return
+        assert status == 200
+        first, second = (row["embedding"] for row in answer["data"])
+        assert len(first) == len(second) > 0
+        assert first != second
+
+    async def test_its_figures(self, backend: Running, harness: BackendHarness) -> None:
+        for _ in range(2):  # the same prompt twice: the second finds it in the cache
+            await backend.ask("/v1/chat/completions", _chat())
+        async with backend.client.send(backend.plan.address, "GET", harness.stats_path) as response:
+            stats = harness.stats_backend.parse_stats(await response.read())
+        assert stats.running == stats.queued == 0
+        assert 0 < stats.kv_hit_rate < 1
+        assert stats.progress is None or stats.progress > 0
+
+    async def test_starting_and_stopping_leaks_nothing(
+        self, harness: BackendHarness, tmp_path: Path
+    ) -> None:
+        descriptors = _descriptors()
+        for _ in range(3):
+            async with started(harness, tmp_path) as running:
+                pid = running.process.pid
+                status, _ = await running.ask("/v1/chat/completions", _chat())
+                assert status == 200
+            assert list(session_members(pid)) == []
+            assert not (tmp_path / "run").exists()
+        assert _descriptors() == descriptors
+
+
+def _descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def _until(backend: Running, *, running: int) -> None:
+    """Ask until its figures say so; it has no event for it."""
+    while await backend.running() != running:  # noqa: ASYNC110 - another process's figure
+        await asyncio.sleep(0.005)
