@@ -8,6 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
+from serverlessllm.cli.main import app
 
 VERBS = (
     *("serve", "orchestrator", "agent", "demo", "run", "pull", "ls", "ps", "show", "load"),
@@ -57,8 +60,8 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb):
-    done = sllm(verb, "--help")
-    assert done.returncode == 0
+    done = CliRunner().invoke(app, [verb, "--help"], prog_name="sllm")
+    assert done.exit_code == 0
     assert f"Usage: sllm {verb}" in done.stdout
     assert ("--json" in done.stdout) or verb not in LISTINGS
 
