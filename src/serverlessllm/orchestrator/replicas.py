@@ -29,7 +29,7 @@ async def keep_replicas(
             raw = record.checkpoint is None and record.spec.source is not None
             if raw or router.place(record, ready) is not None:
                 room.hold(model, elsewhere=bool(ready))
-        await view.changed(version, clock, settings.failure_cache_s)
+        await view.changed(version, clock, settings.replicas_interval_s)
 
 
 def missing_replicas(view: ClusterView) -> list[ModelId]:

@@ -45,6 +45,8 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The longest silence of an agent inside one load (it speaks every second)."""
     unload_s_max: float = 150.0
     """How long an agent may take to unload: its running answers finish first."""
+    replicas_interval_s: float = 5.0
+    """Between two looks for missing replicas (`min_replicas`) while nothing changes."""
 
     retries_max: int = 2
     """Other agents asked for one request before its first byte."""
