@@ -179,12 +179,11 @@ class Link(asyncio.Protocol):
     def abort(self) -> None:
         """Close at once: the upstream sees that nobody wants its answer."""
         if self.state is not DEAD:
-            self.state = DEAD
-            self.reusable = False
+            self._pool.lost(self)
+            self.untouched = False
             self.sink = _drop
             self._kept.clear()
-            self._pool.lost(self)
-            self._transport.abort()
+            self._die(UpstreamClosed("the exchange was given up", before_head=self.state is HEAD))
 
     def pause(self) -> None:
         """Stop reading until `resume`."""
@@ -322,6 +321,8 @@ class Link(asyncio.Protocol):
         The parser is asked by feeding it the last chunk: only between two chunks is that the
         end of the body.
         """
+        if isinstance(self.error, UpstreamProtocolError):
+            return False  # the parser has seen more than was passed on
         tail = self._tail
         if self.framing is CHUNKED:
             self._whole = False

@@ -183,14 +183,8 @@ class Receiver:
         self, fields: dict[bytes, bytes], url: bytes, path: bytes, version: str
     ) -> SLLMError | None:
         """Why a request with this head is not even given to the handler."""
-        settings = self._settings
-        if self._head_bytes > settings.header_bytes_max:
-            # The head may share its packet with a body: only then is it worth counting.
-            size = len(url) + sum(map(len, fields)) + sum(map(len, fields.values()))
-            if size > settings.header_bytes_max:
-                return HeadersTooLarge("the request's headers are too long")
-        if len(fields) > settings.headers_max:
-            return HeadersTooLarge("the request has too many headers")
+        if self._too_long(fields, url):
+            return HeadersTooLarge("the request's headers are too long or too many")
         if not path.startswith(b"/") and path != b"*":
             return InvalidRequest("the request's target is not a path")
         if version == "1.1":
@@ -200,11 +194,20 @@ class Receiver:
             return InvalidRequest(f"HTTP/{version} is not spoken here in this way")
         if fields.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
             return InvalidRequest("this transfer-encoding is not spoken here")
-        if int(fields.get(b"content-length", 0)) > settings.body_bytes_max:
+        if int(fields.get(b"content-length", 0)) > self._settings.body_bytes_max:
             return self._too_large()
         if b"upgrade" in fields:
             self._upgrading = self._parser.should_upgrade()
         return None
+
+    def _too_long(self, fields: dict[bytes, bytes], url: bytes) -> bool:
+        settings = self._settings
+        if self._head_bytes > settings.header_bytes_max:
+            # The head may share its packet with a body: only then is it worth counting.
+            size = len(url) + sum(map(len, fields)) + sum(map(len, fields.values()))
+            if size > settings.header_bytes_max:
+                return True
+        return len(fields) > settings.headers_max
 
     def _stop(self, error: httptools.HttpParserError) -> None:
         """The parser gave up, or was told to."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from serverlessllm.edge.errors import UpstreamClosed, UpstreamError
+from serverlessllm.edge.errors import UpstreamError
 from serverlessllm.edge.link import BODY, CHUNKED, CLOSE, DONE, Link
 from serverlessllm.edge.request import Request
 from serverlessllm.edge.response import Decoder, Response
@@ -75,11 +75,10 @@ async def relay(
     if link.state is DONE:
         passing.end_whole()
         return Relayed(ok=True, body_bytes=link.passed_bytes)
-    error = link.error or UpstreamClosed("the exchange was left", before_head=False)
-    if not passing.begun:
-        raise error
+    if not passing.begun and link.error is not None:
+        raise link.error
     passing.end_dead(error_event)
-    return Relayed(ok=False, body_bytes=link.passed_bytes, error=error)
+    return Relayed(ok=False, body_bytes=link.passed_bytes, error=link.error)
 
 
 def _pass_whole(

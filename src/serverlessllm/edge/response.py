@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable
 import httptools
 
 from serverlessllm.core.units import MIB
-from serverlessllm.edge.errors import UpstreamClosed, UpstreamProtocolError
-from serverlessllm.edge.link import CHUNKED, DEAD, DONE, Link
+from serverlessllm.edge.errors import UpstreamProtocolError
+from serverlessllm.edge.link import CHUNKED, DONE, Link
 
 _fields = re.compile(rb"\r\n([^:\r]+):[ \t]*([^\r]*)")
 
@@ -118,6 +118,6 @@ class Response:
                 continue
             if link.state is DONE:
                 return
-            if link.state is DEAD:
-                raise link.error or UpstreamClosed("the exchange was left", before_head=False)
+            if link.error is not None:
+                raise link.error
             await link.wait()

@@ -22,6 +22,9 @@ RenderError = Callable[[SLLMError], tuple[int, Sequence[tuple[str, str]], bytes]
 Handler = Callable[[Request], Awaitable[None]]
 AnswerHeaders = Callable[[Request], bytes]
 
+_TURNS_TO_CONNECT = 3
+"""Turns of the event loop from `accept` to `connection_made`."""
+
 
 def _no_headers(_: Request) -> bytes:
     return b""
@@ -121,6 +124,9 @@ class EdgeServer:
         """Stop listening, cancel every handler, wait for them, close every connection."""
         self.stopping = True
         self._stop_listening()
+        for _ in range(_TURNS_TO_CONNECT):
+            # What the kernel has handed over becomes a connection in the loop's next turns.
+            await asyncio.sleep(0)
         for connection in list(self._connections):
             connection.cut()
         await self._empty.wait()

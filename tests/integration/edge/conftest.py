@@ -22,7 +22,7 @@ from serverlessllm.edge.upstream import Upstreams
 from serverlessllm.openai.errors import render_error
 from serverlessllm.testing.clock import VirtualClock
 
-SOON_S = 10.0
+SOON_S = 5.0
 """Longer than anything here takes; a test that waits for it has failed."""
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: edge\r\n"
 
@@ -30,6 +30,20 @@ POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: edge\r\n"
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The loop that the processes run on."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+async def _bounded() -> AsyncIterator[None]:
+    """A test that hangs is cancelled: uvloop swallows what pytest-timeout raises in it."""
+    loop = asyncio.get_running_loop()
+
+    def cancel() -> None:
+        for task in asyncio.all_tasks(loop):
+            task.cancel("the test has hung")
+
+    handle = loop.call_later(2 * SOON_S, cancel)
+    yield
+    handle.cancel()
 
 
 def post(body: bytes, *lines: str) -> bytes:
