@@ -40,9 +40,13 @@ class Vigil:
 
     async def run(self) -> None:
         """For as long as the orchestrator lives; ends by cancellation only."""
+        pause_s = self._settings.agent_probe_after_s / 4
         while True:
-            await self._clock.sleep(self._settings.agent_probe_after_s / 4)
-            await self.look()
+            slept_from_s = self._clock.now_s()
+            await self._clock.sleep(pause_s)
+            # Who overslept has been kept from reading heartbeats too: they come first.
+            if self._clock.now_s() - slept_from_s < 2 * pause_s:
+                await self.look()
 
     async def look(self) -> None:
         """Once: take its requests from each agent that is silent in every way."""
@@ -67,7 +71,8 @@ class Vigil:
             ):
                 return
         except SLLMError:
-            self._lose(seen.agent)
+            if self._view.agents.get(seen.agent) is seen:  # no heartbeat has come meanwhile
+                self._lose(seen.agent)
 
     def _lose(self, agent: AgentId) -> None:
         _log.warning("agent is silent, its requests go elsewhere", agent=agent)

@@ -1,0 +1,150 @@
+"""When an agent's silence costs it its requests, and when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import cast
+
+import pytest
+
+from serverlessllm.core.ids import ModelId
+from serverlessllm.edge.upstream import Upstreams, UpstreamTimeout
+from serverlessllm.orchestrator.router import Router
+from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.view import ClusterView
+from serverlessllm.orchestrator.vigil import Vigil
+from serverlessllm.scheduler.settings import SchedulerSettings
+
+
+class Probes:
+    """Upstreams that answer, or do not, when the test opens the gate."""
+
+    def __init__(self):
+        self.asked = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.dead = True
+
+    @asynccontextmanager
+    async def send(self, address, method, path, *, timeout_s):
+        self.asked.append((address, path))
+        await self.gate.wait()
+        if self.dead:
+            raise UpstreamTimeout("silent")
+        yield None
+
+
+class Watch:
+    def __init__(self, make, clock):
+        self.clock = clock
+        self.view = ClusterView()
+        self.router = Router(self.view, SchedulerSettings(), 3.0, clock)
+        self.probes = Probes()
+        self.vigil = Vigil(
+            OrchestratorSettings(agent_probe_after_s=2.0),
+            view=self.view,
+            router=self.router,
+            upstreams=cast(Upstreams, self.probes),
+            clock=clock,
+        )
+        self.make = make
+        self.request: asyncio.Task[bool]
+        self.view.put_model(make.model("m"))
+        self.beat(1)
+
+    def beat(self, revision):
+        record = self.make.agent("a", self.make.on("m"))
+        self.view.put_agent(record, revision, self.clock.now_s())
+
+    async def hold(self) -> bool:
+        """A request on the agent; whether it was taken away."""
+        lease = self.router.lease(ModelId("m"))
+        assert lease is not None
+        with lease:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                return lease.lost
+        return False
+
+
+@pytest.fixture
+async def watch(make, clock, settle):
+    made = Watch(make, clock)
+    made.request = asyncio.create_task(made.hold())
+    await settle()
+    yield made
+    made.request.cancel()
+    await asyncio.gather(made.request, return_exceptions=True)
+
+
+async def test_a_fresh_agent_is_not_asked(watch):
+    await watch.vigil.look()
+    assert watch.probes.asked == []
+
+
+async def test_a_silent_agent_that_does_not_answer_loses_its_requests(watch):
+    await watch.clock.advance(2.5)
+    await watch.vigil.look()
+    assert watch.probes.asked == [("unix:/run/a.sock", "/livez")]
+    assert await watch.request is True
+    assert watch.view.agents["a"].failed
+
+
+async def test_a_silent_agent_that_answers_keeps_them(watch, settle):
+    watch.probes.dead = False
+    await watch.clock.advance(2.5)
+    await watch.vigil.look()
+    await settle()
+    assert not watch.request.done()
+
+
+async def test_a_heartbeat_during_the_probe_saves_it(watch, settle):
+    watch.probes.gate.clear()
+    await watch.clock.advance(2.5)
+    looking = asyncio.create_task(watch.vigil.look())
+    await settle()
+    watch.beat(2)
+    watch.probes.gate.set()
+    await looking
+    await settle()
+    assert not watch.request.done()
+    assert not watch.view.agents["a"].failed
+
+
+async def test_an_agent_whose_lease_ran_out_loses_them(watch):
+    watch.view.drop_agent("a")
+    await watch.vigil.look()
+    assert await watch.request is True
+
+
+async def test_an_idle_agent_is_never_asked(watch):
+    watch.request.cancel()
+    assert await watch.request is False
+    await watch.clock.advance(60.0)
+    await watch.vigil.look()
+    assert watch.probes.asked == []
+
+
+async def test_who_overslept_reads_the_heartbeats_first(watch, clock, settle):
+    class Stalling:
+        """Time passes at once, and far more of it than was asked for."""
+
+        naps = 0
+
+        def now_s(self):
+            return clock.now_s() + 100.0 * self.naps
+
+        async def sleep(self, delay_s):
+            if self.naps == 2:
+                await asyncio.Event().wait()
+            self.naps += 1
+            await asyncio.sleep(0)
+
+    watch.vigil._clock = Stalling()
+    running = asyncio.create_task(watch.vigil.run())
+    await settle()
+    assert watch.probes.asked == []
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
