@@ -84,6 +84,8 @@ class Instance:
         self.gate: asyncio.Future[None] | None = None
         """Done when the room asked for is given, or refused."""
         self.admitted = False
+        self.holds_checkpoint = False
+        """Whether its checkpoint is held in DRAM on its behalf."""
         self.memory_bytes = 0
         self.backend: Backend | None = None
         self.plan: LaunchPlan | None = None

@@ -72,6 +72,7 @@ async def live(instance: Instance, host: Host, get_room: GetRoom) -> None:
         resident = await _bring(instance, host)
         if resident is not None:
             held.callback(resident.release)
+            instance.holds_checkpoint = True
         backend, offer = _choose(instance, host, resident)
         instance.slots = offer.slots
         await get_room(instance, offer.memory_bytes)

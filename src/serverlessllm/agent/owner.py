@@ -189,7 +189,7 @@ class Owner:
         own = {
             each.checkpoint_id: self._dram_bytes(each)
             for each in self._instances.values()
-            if each.state not in {InstanceState.QUEUED, InstanceState.LOADING}
+            if each.holds_checkpoint
         }
         others_bytes = max(0, usage.pinned_bytes - sum(own.values()))
         return Room(
