@@ -39,12 +39,14 @@ class Activity:
         """When its figures were last read."""
         self.moved_s = 0.0
         """When something last moved."""
+        self.looked_s = 0.0
+        """When it was last looked at."""
         self.proven_s = 0.0
         """When the engine last showed that it works without anything moving."""
         self.cpu_s: float | None = None
         """CPU time at the last look at a suspect."""
         self.gaps_s: deque[float] = deque(maxlen=_GAPS_KEPT)
-        """Silences between two moves, as far as they were longer than one look."""
+        """Silences between two moves, as far as looks have seen them."""
 
 
 class Instance:

@@ -49,11 +49,12 @@ class Watchdog:
 
     async def _look(self, instance: Instance) -> None:
         now_s = self._clock.now_s()
+        self._note_bytes(instance, now_s)
         if now_s - instance.activity.read_s >= self._settings.stats_interval_s:
             instance.activity.read_s = now_s
             await self._read_figures(instance)
             now_s = self._clock.now_s()
-        self._note_bytes(instance, now_s)
+        instance.activity.looked_s = now_s
         if instance.process is None or instance.process.exited.done() or not instance.running:
             return
         activity = instance.activity
@@ -94,9 +95,9 @@ class Watchdog:
             self._moved(instance, now_s)
 
     def _moved(self, instance: Instance, now_s: float) -> None:
+        """It was silent from the last move until the last look, at least."""
         activity = instance.activity
-        gap_s = now_s - activity.moved_s - self._settings.watch_interval_s
-        activity.gaps_s.append(max(0.0, gap_s))
+        activity.gaps_s.append(max(0.0, activity.looked_s - activity.moved_s))
         activity.moved_s = now_s
 
     async def _read_figures(self, instance: Instance) -> None:
