@@ -27,6 +27,7 @@ from serverlessllm.core.cluster import TierUsage
 from serverlessllm.core.errors import LoadFailed, NoCapacity, SLLMError
 from serverlessllm.core.ids import CheckpointId, InstanceId, ModelId
 from serverlessllm.core.lifecycle import InstanceState
+from serverlessllm.core.units import format_size
 from serverlessllm.telemetry import log
 
 _log = log("agent")
@@ -256,13 +257,14 @@ class Owner:
 
 
 def _no_room(instance: Instance, ask: Ask, *, ever: bool) -> NoCapacity:
-    what = (
-        f"{ask.checkpoint_bytes} bytes of DRAM"
-        if ask.checkpoint is not None
-        else f"{ask.memory_bytes} bytes of memory"
-    )
+    if ask.checkpoint is not None:
+        what, setting = f"{format_size(ask.checkpoint_bytes)} of DRAM", "loader.dram_budget_bytes"
+    else:
+        what, setting = f"{format_size(ask.memory_bytes)} of memory", "agent.memory_budget_bytes"
     if ever:
-        return NoCapacity(f"{instance.model} needs {what}: more than this agent may use")
+        return NoCapacity(
+            f"{instance.model} needs {what}: more than this agent may use; raise {setting}"
+        )
     return NoCapacity(
         f"{instance.model} needs {what}, and every instance on this agent is in use",
         retry_after_s=2.0,

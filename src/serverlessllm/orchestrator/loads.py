@@ -14,10 +14,12 @@ from serverlessllm.core.errors import (
     BackendDied,
     ModelNotFound,
     NoCapacity,
+    OutOfSpace,
     SLLMError,
 )
 from serverlessllm.core.ids import Address, AgentId, Epoch, ModelId, is_hub_name
 from serverlessllm.core.models import ModelRecord, ModelSpec
+from serverlessllm.core.units import format_size
 from serverlessllm.orchestrator.coldstart import Fleet, Loaded
 from serverlessllm.orchestrator.seams import Ingests
 from serverlessllm.orchestrator.settings import OrchestratorSettings
@@ -104,6 +106,7 @@ class Loads:
         started_s = self._clock.now_s()
         record = await self.checkpointed(model, publish)
         ingest_s = self._clock.now_s() - started_s
+        self._check_fits(record)
         avoid = ready_agents(self._view, model) if elsewhere else frozenset[AgentId]()
         gone: set[tuple[AgentId, Epoch]] = set()
         refused: set[AgentId] = set(avoid)
@@ -159,6 +162,18 @@ class Loads:
             publish(ingest_event(job))
 
         return await self._ingestion.ensure(model, spec, progress)
+
+    def _check_fits(self, record: ModelRecord) -> None:
+        """Raise `OutOfSpace` for what no agent's memory could hold even if it were empty."""
+        budgets = [seen.record.dram.budget_bytes for seen in self._view.agents.values()]
+        if record.checkpoint is None or not budgets:
+            return
+        size_bytes, largest_bytes = record.checkpoint.size_bytes, max(budgets)
+        if size_bytes > largest_bytes:
+            raise OutOfSpace(
+                f"{record.spec.model} takes {format_size(size_bytes)}, but the largest DRAM tier "
+                f"of an agent is {format_size(largest_bytes)}: raise loader.dram_budget_bytes there"
+            )
 
     async def _place(
         self,

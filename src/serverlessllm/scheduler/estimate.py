@@ -133,9 +133,10 @@ def _exclusion(
         return Exclusion.NOT_ACCEPTING, "the agent drains"
     if backend is not None and backend not in agent.backends:
         return Exclusion.NO_BACKEND, f"backend {backend} is not installed there"
-    room = agent.dram.budget_bytes - agent.dram.pinned_bytes
+    # What is in use now may be idle: only the agent knows whom it can unload for this one.
+    room = agent.dram.budget_bytes
     if known.cache_level > CacheLevel.DRAM and size_bytes > room:
-        return Exclusion.NO_ROOM, f"{size_bytes} bytes needed, {max(0, room)} to be had in DRAM"
+        return Exclusion.NO_ROOM, f"{size_bytes} bytes needed, {room} in the whole DRAM tier"
     return None, ""
 
 

@@ -130,10 +130,9 @@ def test_an_agent_that_has_it_ready() -> None:
         ({"record": agent(accepting=False)}, Exclusion.NOT_ACCEPTING),
         ({"record": agent(), "backend": "vllm"}, Exclusion.NO_BACKEND),
         ({"record": agent(dram=GIB // 2)}, Exclusion.NO_ROOM),
-        ({"record": agent(dram=2 * GIB, pinned=GIB + 1)}, Exclusion.NO_ROOM),
         ({"record": agent(), "refused": "queue_full"}, Exclusion.REFUSED),
         ({"record": agent(), "backend": None}, None),
-        ({"record": agent(dram=2 * GIB, pinned=GIB)}, None),
+        ({"record": agent(dram=2 * GIB, pinned=2 * GIB)}, None),  # it may be idle: ask
         ({"record": agent(dram=GIB // 2), "size_bytes": 0}, None),
         (
             {"record": agent(ModelOnAgent(model=M, cache_level=CacheLevel.DRAM), dram=GIB // 2)},
