@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import structlog
+
 from serverlessllm.core.clock import Clock
+
+_log = structlog.get_logger(__name__)
 
 
 class Sweeper:
@@ -38,4 +42,7 @@ class Sweeper:
         while True:
             await self._clock.sleep(self._interval_s)
             self.now_s = self._clock.now_s()
-            self._sweep(self.now_s)
+            try:
+                self._sweep(self.now_s)
+            except Exception:  # noqa: BLE001 - the boundary of a tick: the next one must come
+                _log.exception("sweep failed")
