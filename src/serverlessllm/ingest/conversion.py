@@ -15,7 +15,7 @@ from serverlessllm.core.cluster import JobStage
 from serverlessllm.core.errors import SLLMError, Unavailable
 from serverlessllm.core.failures import error_of
 from serverlessllm.core.models import CheckpointRef
-from serverlessllm.ingest.errors import WorkerCrashed
+from serverlessllm.ingest.errors import SourceChanged, WorkerCrashed
 from serverlessllm.ingest.leftovers import remove_folder, work_folder
 from serverlessllm.ingest.messages import Done, Failed, Progress, Resolved, WorkRequest
 from serverlessllm.ingest.process import WorkerGone, WorkerProcess
@@ -34,7 +34,9 @@ Observe = Callable[[JobStage, int, int | None], None]
 class Conversion:
     """Makes and publishes the checkpoint of one model. `run` is called once.
 
-    `before_publish` is awaited right before the `.idx` is created: what it raises stops that.
+    `registered` is what the model's record names so far: a store that holds anything else under
+    its prefix is damaged. `before_publish` is awaited right before the `.idx` is created: what it
+    raises stops that.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Conversion:
         work_dir: Path,
         space: WorkSpace,
         clock: Clock,
+        registered: CheckpointRef | None,
         observe: Observe,
         before_publish: Callable[[], Awaitable[None]],
     ) -> None:
@@ -54,6 +57,7 @@ class Conversion:
         self._work_dir = work_dir
         self._space = space
         self._clock = clock
+        self._registered = registered
         self._observe = observe
         self._before_publish = before_publish
         self._folder: Path | None = None
@@ -100,12 +104,25 @@ class Conversion:
                 raise WorkerGone("spoke out of turn", "")
             prefix = prefix_of(self._request.model, resolved.revision)
             self._folder = folder = work_folder(self._work_dir, prefix)
-            ref = await self._store.find(prefix)
+            ref = await self._published(prefix)
             if ref is None:
                 with self._space.reserve(resolved.source_bytes, folder):
                     ref = await self._publish_behind(worker, prefix, resolved.source_bytes)
         await remove_folder(folder)
         return ref
+
+    async def _published(self, prefix: str) -> CheckpointRef | None:
+        """What the store holds already; a damaged checkpoint is removed, to be made again."""
+        ref = await self._store.find(prefix)
+        registered = self._registered
+        if ref is not None and (
+            registered is None or registered.prefix != prefix or ref == registered
+        ):
+            return ref
+        if await self._store.head(prefix) is not None:
+            _log.warning("removes a damaged checkpoint from the store", prefix=prefix)
+            await self._store.delete(prefix)
+        return None
 
     async def _publish_behind(
         self, worker: WorkerProcess, prefix: str, size_bytes: int
@@ -176,4 +193,5 @@ def _failure(report: Failed) -> SLLMError:
 
 def _may_go_on(error: SLLMError) -> bool:
     """Whether the same conversion may get further later."""
-    return isinstance(error, Unavailable) and not error.permanent
+    lasting = error.permanent or isinstance(error, SourceChanged)
+    return isinstance(error, Unavailable) and not lasting

@@ -12,6 +12,12 @@ class SourceDenied(SourceUnavailable):
     permanent = True
 
 
+class SourceChanged(SourceUnavailable):
+    """The source is no longer what it was when it was opened: what was made of it is worthless."""
+
+    code = "source_changed"
+
+
 class WorkerCrashed(SourceUnavailable):
     """The converter died too often without progress."""
 

@@ -184,14 +184,21 @@ class _Owned:
             async with asyncio.TaskGroup() as group:
                 keeper = group.create_task(self._keep())
                 writer = group.create_task(self._write())
-                ref = await self._conversion().run()
+                ref = await self._conversion(await self._registered()).run()
                 keeper.cancel()
                 writer.cancel()
         except ExceptionGroup as failures:
             raise _first(failures) from None
         return ref
 
-    def _conversion(self) -> Conversion:
+    async def _registered(self) -> CheckpointRef | None:
+        """What the model's record names as the checkpoint of this source."""
+        stored = await self._runner.registry.get_model(self._claim.model)
+        if stored is None or stored.record.spec.source != self._spec.source:
+            return None
+        return stored.record.checkpoint
+
+    def _conversion(self, registered: CheckpointRef | None) -> Conversion:
         runner = self._runner
         if self._spec.source is None:
             raise InvalidRequest(f"model {self._claim.model} has no source", param="source")
@@ -206,6 +213,7 @@ class _Owned:
             work_dir=runner.work_dir,
             space=runner.space,
             clock=runner.clock,
+            registered=registered,
             observe=self._observe,
             before_publish=lambda: runner.registry.update_job(self._claim, self._record),
         )

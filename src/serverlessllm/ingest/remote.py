@@ -12,7 +12,7 @@ from typing import Self
 import msgspec
 
 from serverlessllm.core.errors import CheckpointError, SLLMError, SourceUnavailable
-from serverlessllm.ingest.errors import SourceDenied
+from serverlessllm.ingest.errors import SourceChanged, SourceDenied
 from serverlessllm.ingest.settings import IngestSettings
 from serverlessllm.store.errors import AccessDenied, ObjectChanged, ObjectMissing
 from serverlessllm.store.objects import ObjectInfo, Objects
@@ -133,7 +133,7 @@ def as_source_error(error: Exception, name: str, where: str) -> SLLMError:
     """What went wrong with `name` of the source `where`, said of a source, not of our store."""
     match error:
         case ObjectMissing() | ObjectChanged():
-            return CheckpointError(f"{name}: changed in {where} while it was read; try again")
+            return SourceChanged(f"{name}: changed in {where} while it was read; try again")
         case AccessDenied():
             return SourceDenied(
                 f"{where} refuses to give {name}: its owner must grant access, and the token or "

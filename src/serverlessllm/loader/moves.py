@@ -90,7 +90,8 @@ class Moves:
         tensor = tensor_at(self._index, chunk.offset, chunk.size_bytes)
         raise CorruptChunk(
             f"chunk {chunk.number} of checkpoint {self._checkpoint[:12]}… (tensor {tensor!r}) does "
-            "not match its digest in the store: ingest the model again"
+            "not match its digest in the store: delete the model and ingest it again (`sllm rm`, "
+            "`sllm pull`)"
         )
 
     def _quarantine(self, chunk: ChunkRange, hop: str) -> None:

@@ -20,6 +20,8 @@ from serverlessllm.store.layout import check_prefix
 from serverlessllm.store.objects import Objects
 from serverlessllm.store.upload import Upload
 
+_AGAIN = "ingest the model again (`sllm pull`)"
+
 
 class CheckpointMissing(CheckpointError):
     """The store has no (whole) checkpoint there."""
@@ -83,12 +85,19 @@ class CheckpointStore:
             raise _missing(prefix) from None
 
     async def find(self, prefix: str) -> CheckpointRef | None:
-        """The checkpoint of `prefix` as others refer to it: its index is read and validated."""
+        """The checkpoint of `prefix` as others refer to it.
+
+        None when it is not whole at first sight: its index is missing or not valid, its `.bin` is
+        missing or of another size.
+        """
         try:
             data = await self.read_index(prefix)
-        except CheckpointMissing:
+            index = await asyncio.to_thread(decode_index, data)
+            found = await self.objects.head(f"{prefix}/{BIN_NAME}")
+        except (CheckpointError, ObjectMissing):
             return None
-        index = await asyncio.to_thread(decode_index, data)
+        if found.size_bytes != index.size_bytes:
+            return None
         return CheckpointRef(id=checkpoint_id(data), prefix=prefix, size_bytes=index.size_bytes)
 
     async def read_range(self, prefix: str, offset: int, size: int) -> memoryview:
@@ -98,6 +107,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointMissing: there is no such `.bin`.
+            CheckpointError: the `.bin` ends before that.
             ObjectChanged: the `.bin` was replaced; start again (it is pinned anew).
             StoreUnavailable: every try failed.
         """
@@ -112,6 +122,8 @@ class CheckpointStore:
         except ObjectChanged:
             self._etags.pop(prefix, None)
             raise
+        except CheckpointError as error:
+            raise CheckpointError(f"{error.message}: {_AGAIN}") from None
 
     def upload(self, prefix: str, size_bytes: int | None = None) -> Upload:
         """Publish a `.bin` under `prefix` while it still grows; see `Upload`.
@@ -159,4 +171,4 @@ class CheckpointStore:
 
 
 def _missing(prefix: str) -> CheckpointMissing:
-    return CheckpointMissing(f"the store has no checkpoint {prefix}: ingest the model again")
+    return CheckpointMissing(f"the store has no checkpoint {prefix}: {_AGAIN}")

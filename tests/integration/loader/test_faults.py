@@ -128,7 +128,7 @@ async def test_a_corrupt_store_is_never_served(bench, make_sample, flip, corrupt
     flip(bench.store_dir / sample.ref.prefix / "model.bin", 65_536 + 1)
     before = corrupt_count("store→dram")
     async with bench.loader() as loader:
-        with pytest.raises(CorruptChunk, match=r"chunk 1 .*'w'.*ingest the model again"):
+        with pytest.raises(CorruptChunk, match=r"chunk 1 .*'w'.*sllm rm.*sllm pull"):
             await loader.load(sample.ref, DRAM)
         assert corrupt_count("store→dram") == before + bench.settings.chunk_tries_max
         assert loader.residency() == {}

@@ -16,7 +16,7 @@ from serverlessllm.core.errors import (
     SourceUnavailable,
     StoreUnavailable,
 )
-from serverlessllm.ingest.errors import SourceDenied
+from serverlessllm.ingest.errors import SourceChanged, SourceDenied
 from serverlessllm.ingest.remote import Fetcher, RemoteFile
 from serverlessllm.ingest.settings import IngestSettings
 from serverlessllm.store.errors import AccessDenied, ObjectChanged, ObjectMissing
@@ -107,8 +107,8 @@ def test_what_is_outside_is_not_asked_for(file: RemoteFile) -> None:
 @pytest.mark.parametrize(
     ("failure", "kind", "says"),
     [
-        (ObjectMissing(), CheckpointError, "changed"),
-        (ObjectChanged("x"), CheckpointError, "changed"),
+        (ObjectMissing(), SourceChanged, "changed"),
+        (ObjectChanged("x"), SourceChanged, "changed"),
         (AccessDenied("x"), SourceDenied, "HF_TOKEN"),
         (StoreUnavailable("the store x is away"), SourceUnavailable, "the source x"),
     ],
