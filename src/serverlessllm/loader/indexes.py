@@ -17,10 +17,10 @@ class Indexes:
         self._known: dict[CheckpointId, Index] = {}
 
     def of_tier(self, tier: TierDirectory, checkpoint: CheckpointId) -> Index | None:
-        """The index beside a `.bin`; None when it is missing or not the one. Blocks."""
-        known = self._known.get(checkpoint)
-        if known is not None and tier.index_path(checkpoint).exists():
-            return known
+        """The index beside a `.bin`; None when it is missing or not the one. Blocks.
+
+        Read each time, though it may be known: what lies there is what others will read.
+        """
         data = tier.read_index(checkpoint)
         if data is None:
             return None
@@ -38,7 +38,7 @@ class Indexes:
         if checkpoint_id(data) != checkpoint:
             raise CheckpointError(
                 f"the index of checkpoint {checkpoint[:12]}… is not the one that was registered: "
-                "ingest the model again"
+                "ingest the model again (`sllm pull`)"
             )
         index = self._known.get(checkpoint) or decode_index(data)
         self._known[checkpoint] = index
