@@ -82,3 +82,14 @@ def check_error(answer: Answer, status: int, code: str) -> str:
     assert message
     assert "Traceback" not in message
     return message
+
+
+def figure(address: Address, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that carry these labels."""
+    total = 0.0
+    for line in ask(address, "GET", "/metrics").body.decode().splitlines():
+        series, _, value = line.rpartition(" ")
+        sample, _, carried = series.partition("{")
+        if sample == name and all(f'{key}="{text}"' in carried for key, text in labels.items()):
+            total += float(value)
+    return total
