@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -15,6 +16,8 @@ FOREVER_S = -1.0
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B?)?", re.IGNORECASE)
 _SIZE_UNITS = {"b": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+_DURATION_CHARS_MAX = 64
+"""A client's megabytes of "1s1s1s…" would keep the event loop busy for seconds."""
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -53,16 +56,17 @@ def parse_duration_s(value: str | float) -> float:
         text = value.strip()
         if text in {"-1", "forever"}:
             return FOREVER_S
-        matches = list(_DURATION.finditer(text))
+        matches = list(_DURATION.finditer(text[:_DURATION_CHARS_MAX]))
         if not matches or "".join(m.group() for m in matches) != text:
+            shown = value[:_DURATION_CHARS_MAX]
             raise ValueError(
-                f"duration {value!r}: write seconds, '5m', '1h30m', 0, or -1 (forever)"
+                f"duration {shown!r}: write seconds, '5m', '1h30m', 0, or -1 (forever)"
             )
         return sum(float(m[1]) * _DURATION_UNITS[m[2] or "s"] for m in matches)
     if value == FOREVER_S:
         return FOREVER_S
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"duration {value}: must be 0 or more seconds, or -1 (forever)")
+    if not 0 <= value <= sys.float_info.max:  # as an integer, JSON's may be larger still
+        raise ValueError("duration: must be 0 or more seconds, or -1 (forever)")
     return float(value)
 
 

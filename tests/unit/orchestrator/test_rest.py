@@ -141,7 +141,7 @@ def test_keep_alive_and_limits():
         with pytest.raises(InvalidRequest):
             read_keep_alive_s(bad)
     assert (read_limit(None, 10), read_limit("3", 10)) == (10, 3)
-    for text in ("0", "11", "-1", "x", "1" * 50, "²"):
+    for text in ("0", "11", "-1", "x", "1" * 50, "0000000019", "000000001" + "0" * 5000, "²"):
         with pytest.raises(InvalidRequest):
             read_limit(text, 10)
     assert model_of("short", {"short": ModelId("org/m")}) == "org/m"

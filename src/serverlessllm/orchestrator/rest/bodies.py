@@ -20,6 +20,7 @@ ALIASES_MAX = 64
 OPTIONS_MAX = 64
 TEXT_CHARS_MAX = 4096
 SOURCE_SCHEMES = ("hf", "file", "s3", "az", "gs")
+_LIMIT_DIGITS_MAX = 9
 _WHERE = re.compile(r"(.*) - at `\$\.?(.*)`", re.DOTALL)
 
 
@@ -108,9 +109,10 @@ def read_limit(text: str | None, largest: int) -> int:
     """The `limit` of a listing."""
     if text is None:
         return largest
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= largest:
+    limit = int(text) if text.isdecimal() and len(text) <= _LIMIT_DIGITS_MAX else 0
+    if not 1 <= limit <= largest:
         raise InvalidRequest(f"limit: a number from 1 to {largest}", param="limit")
-    return int(text)
+    return limit
 
 
 def model_of(name: str, names: dict[str, ModelId]) -> ModelId:
