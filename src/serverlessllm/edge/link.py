@@ -85,6 +85,8 @@ class Link(asyncio.Protocol):
         self.reusable = False
         self.untouched = True
         """Whether not one byte of an answer has come."""
+        self.used = False
+        """Whether it was kept after an answer: its peer may have closed it since."""
         self.passed_bytes = 0
         self.sink: Callable[[bytes], object] | None = None
         self.idle_since_s = 0.0
@@ -122,6 +124,7 @@ class Link(asyncio.Protocol):
         self._wake()
 
     def eof_received(self) -> None:
+        self.reusable = False
         if self.state is IDLE:
             self._pool.lost(self)
 
@@ -158,6 +161,9 @@ class Link(asyncio.Protocol):
         self._bodiless = bodiless
         self._tail = b""
         self.head_deadline_s = deadline_s
+        if self._transport.is_closing():  # its peer was quicker than the waiter it was given to
+            self._die(UpstreamClosed("the backend closed the connection", before_head=True))
+            return
         self._transport.write(request)
 
     def wait(self) -> asyncio.Future[None]:
@@ -168,6 +174,7 @@ class Link(asyncio.Protocol):
     def finish(self) -> None:
         """The exchange is over: give the connection back, or close it when it is not clean."""
         if self.state is DONE and self.reusable:
+            self.used = True
             self.sink = None
             self.idle_timeout_s = None
             self.take()

@@ -190,8 +190,7 @@ class Exchange:
         deadline_s = None
         if self._timeout_s is not None:
             deadline_s = self._owner.clock.now_s() + self._timeout_s
-        reused = bool(pool.idle)
-        link = pool.idle.pop() if reused else await pool.take()
+        link = pool.idle.pop() if pool.idle else await pool.take()
         while True:
             self._link = link
             try:
@@ -206,10 +205,9 @@ class Exchange:
                 return Response(link)
             # A kept connection may have been closed by its peer just as it was used again:
             # nothing ran, so ask once more, on a connection that is surely new.
-            if not (reused and link.untouched and isinstance(error, UpstreamClosed)):
+            if not (link.used and link.untouched and isinstance(error, UpstreamClosed)):
                 link.abort()
                 raise error
-            reused = False
             link = await pool.connect()
 
     async def __aexit__(

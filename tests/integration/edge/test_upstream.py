@@ -402,6 +402,24 @@ async def test_a_place_freed_by_death_goes_to_the_next_waiter(
     assert await second == b""
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_waiter_gets_an_answer_however_its_turn_meets_a_closing_connection(
+    narrow: Upstreams, backend: Backend, backend_address: Address, turns: int
+) -> None:
+    first = asyncio.create_task(get(narrow, backend_address))
+    peer = await backend.accept()
+    await peer.request()
+    second = asyncio.create_task(get(narrow, backend_address))
+    await asyncio.sleep(0)
+    peer.send(EMPTY)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    peer.reset()
+    assert await first == b""
+    await serve(backend, EMPTY)
+    assert await second == b""
+
+
 async def test_closing_ends_what_is_under_way(
     upstreams: Upstreams, backend: Backend, backend_address: Address
 ) -> None:
