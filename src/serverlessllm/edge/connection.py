@@ -65,6 +65,7 @@ class Connection(asyncio.Protocol):
         # A FIN is the only sign of a departed client: nothing may be kept open for it. What is
         # answered and only unsent still goes out.
         if self._active is not None:
+            self.lost = True  # before its handler is told, which may ask
             self._leave()
             self._transport.abort()
 
