@@ -8,9 +8,9 @@ import os
 import resource
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import openai
 import pytest
@@ -23,7 +23,7 @@ from serverlessllm.testing.hub import Faults, HubServer
 from serverlessllm.testing.management import call, register
 from serverlessllm.testing.processes import data_directory, sllm
 
-CHAT = [{"role": "user", "content": "Go."}]
+CHAT: Any = [{"role": "user", "content": "Go."}]
 NOWHERE = "http://127.0.0.1:9"
 NOTHING_CACHED = {
     "ingest.failure_cache_s": "0",
@@ -69,7 +69,7 @@ class System(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(data_dir: Path, settings: Mapping[str, str]) -> Iterator[System]:
+def serving(data_dir: Path, settings: dict[str, str]) -> Iterator[System]:
     chosen = [f"--set={key}={value}" for key, value in (NOTHING_CACHED | settings).items()]
     with sllm("serve", "--port", "0", *chosen, data_dir=data_dir) as running:
         dram_dir = Path(settings.get("loader.dram_dir", default_dram_dir(data_dir)))
@@ -161,7 +161,7 @@ def test_a_store_that_is_gone_does_not_stop_what_is_cached(system, weights):
 def test_a_damaged_nvme_copy_is_never_served(system, weights, part, damage):
     model = f"nvme-{damage}-{part}"
     register(system.address, model=model, source=weights.as_uri(), backend="llamacpp")
-    asked = {"max_tokens": 4, "temperature": 0, "seed": 1}
+    asked: Any = {"max_tokens": 4, "temperature": 0, "seed": 1}
     answer = ask_chat(system.address, model, **asked).json()["choices"]
     system.unload(model, level=2)
     DAMAGES[damage](system.copies("nvme", model)[part])
@@ -360,8 +360,8 @@ def test_who_will_not_wait_is_told_and_the_load_goes_on(system, hub, weights):
             assert 1 <= int(answer.headers["retry-after"]) <= 120
             check_explained(Answer(503, dict(answer.headers), answer.content))
         hub.gate.set()
-        answer = client.chat.completions.create(model="org/impatient", messages=CHAT, max_tokens=1)
-        assert answer.usage.completion_tokens == 1
+        said = client.chat.completions.create(model="org/impatient", messages=CHAT, max_tokens=1)
+        assert said.choices[0].message.content
     assert hub.requests["api"] == 1
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from serverlessllm.core.ids import Address
 
 _TIMEOUT_S = 60.0
+_LOOK_S = 0.02
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """Of an error, where its status alone does not say it."""
 STAGES = ("queue", "place", "fetch", "read", "start", "ttft")
@@ -27,6 +30,24 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
 
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(_TIMEOUT_S)
+        self.sock.connect(self._path)
+
+
+def connect(address: Address) -> http.client.HTTPConnection:
+    """A connection to `http://host:port` or `unix:/path`, not yet opened."""
+    if address.startswith("unix:"):
+        return _UnixConnection(address.removeprefix("unix:"))
+    return http.client.HTTPConnection(address.removeprefix("http://"), timeout=_TIMEOUT_S)
+
+
 def ask(
     address: Address,
     method: str,
@@ -35,7 +56,7 @@ def ask(
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
     """One request on a connection of its own; `body`: bytes as they are, anything else as JSON."""
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=_TIMEOUT_S)
+    connection = connect(address)
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     try:
         sent = {"content-type": "application/json"} | dict(headers or {})
@@ -93,3 +114,12 @@ def figure(address: Address, name: str, **labels: str) -> float:
         if sample == name and all(f'{key}="{text}"' in carried for key, text in labels.items()):
             total += float(value)
     return total
+
+
+def within(seconds: float, happens: Callable[[], bool]) -> float:
+    """Look until it has happened in another process; after how many seconds it was seen."""
+    began_s = time.monotonic()
+    while not happens():
+        assert time.monotonic() - began_s < seconds, f"not within {seconds:g} s"
+        time.sleep(_LOOK_S)
+    return time.monotonic() - began_s
