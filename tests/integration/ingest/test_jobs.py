@@ -479,6 +479,24 @@ async def test_the_operator_s_spec_is_kept(
     assert record.created_s > 0
 
 
+async def test_a_model_deleted_during_its_ingest_does_not_come_back(
+    cluster: Cluster, hub: HubServer, tmp_path: Path
+) -> None:
+    publish_small(hub, tmp_path)
+    registry = cluster.registry()
+    await registry.put_model(ModelRecord(spec=SPEC))
+    hub.gate.clear()
+    ingestion = await cluster.join()
+    caller = asyncio.create_task(ingestion.ensure(MODEL, SPEC))
+    await reached(cluster, JobStage.CONVERTING)
+    await registry.delete_model(MODEL)
+    hub.gate.set()
+    with pytest.raises(ModelNotFound, match="deleted"):
+        await caller
+    assert await registry.get_model(MODEL) is None
+    assert cluster.leftovers == []
+
+
 async def test_a_killed_process_leaves_no_converter_and_its_work_is_gone_on_with(
     cluster: Cluster, hub: HubServer, tmp_path: Path
 ) -> None:

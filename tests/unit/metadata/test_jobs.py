@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from serverlessllm.core.cluster import JobError, JobRecord, JobStage
-from serverlessllm.core.errors import Fenced
+from serverlessllm.core.errors import Fenced, ModelNotFound
 from serverlessllm.core.ids import CheckpointId, Epoch, ModelId
 from serverlessllm.core.models import CheckpointRef, ModelRecord, ModelSpec
 from serverlessllm.metadata.base import Revision
@@ -193,7 +193,7 @@ async def test_a_model_deleted_meanwhile_stays_deleted(registry: Registry) -> No
     await registry.put_model(ModelRecord(spec=ModelSpec(model=M)))
     mine = await claim(registry)
     await registry.delete_model(M)
-    with pytest.raises(Fenced, match="deleted"):
+    with pytest.raises(ModelNotFound, match="deleted"):
         await registry.publish_model(mine, published("a" * 64))
     assert await registry.get_model(M) is None
 

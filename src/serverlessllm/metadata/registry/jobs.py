@@ -7,7 +7,7 @@ from contextlib import suppress
 import msgspec
 
 from serverlessllm.core.cluster import JobRecord, JobStage
-from serverlessllm.core.errors import Fenced, MetadataUnavailable, Unavailable
+from serverlessllm.core.errors import Fenced, MetadataUnavailable, ModelNotFound, Unavailable
 from serverlessllm.core.ids import Epoch, ModelId
 from serverlessllm.core.models import ModelRecord
 from serverlessllm.metadata.base import ABSENT, LeaseId, LeaseLost, Revision, RevisionMismatch
@@ -148,7 +148,8 @@ class Jobs(Models):
         kept; a model that the operator deleted meanwhile stays deleted.
 
         Raises:
-            Fenced: the claim ran out, another owner published, or the model was deleted.
+            Fenced: the claim ran out, or another owner published.
+            ModelNotFound: the model was deleted; who claims anew would bring it back.
             Conflict: a name of a model that is new here belongs to another model.
         """
         for _ in range(self._settings.conflict_retries_max):
@@ -157,7 +158,9 @@ class Jobs(Models):
             entry = await self._metadata.get(model_key(claim.model))
             if entry is None:
                 if claim.model_revision != ABSENT:
-                    raise Fenced(f"model {claim.model} was deleted while it was ingested")
+                    raise ModelNotFound(
+                        f"model {claim.model} was deleted while it was ingested", param="model"
+                    )
                 await self._claim_names(record.spec)
             else:
                 before = decode(entry.value, ModelRecord, entry.key)
