@@ -162,9 +162,7 @@ class Agent:
         await self._upstreams.close()
         await self._loader.close()
         await self._heartbeat.leave()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._leave_run_dir()
 
     def record(self) -> AgentRecord:
         """What a heartbeat and `GET /status` say."""
@@ -199,6 +197,14 @@ class Agent:
         if killed:
             _log.warning("killed what an earlier agent left", processes=len(killed))
 
+    def _leave_run_dir(self) -> None:
+        """Take the socket away, and let another agent of this id in."""
+        if self._address.startswith("unix:"):
+            Path(self._address.removeprefix("unix:")).unlink(missing_ok=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
     def _fenced(self, fenced: bool) -> None:
         """Another agent has our id: serve nobody until it is gone."""
         error: SLLMError | None = None
@@ -206,7 +212,8 @@ class Agent:
             error = Fenced(f"a newer agent has the id {self._agent}", retry_after_s=1.0)
             self._instances.stop_all()
         self._api.refusal = error
-        self._instances.refuse(error)
+        if self._accepting:
+            self._instances.refuse(error)
 
     def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
         """A task for life: its end before `close` is a fault."""

@@ -33,6 +33,8 @@ class Activity:
         """Of all answers together, at the last look."""
         self.ended = 0
         """Answers that are over."""
+        self.ended_read = 0
+        """Of those, the ones that its figures were read after."""
         self.progress: int | None = None
         """The engine's own count at the last reading."""
         self.read_s = 0.0
@@ -129,6 +131,11 @@ class Instance:
         }
 
     @property
+    def coming(self) -> bool:
+        """Whether it is on its way to ready, and not given up."""
+        return self.pending and not self.stopping.done()
+
+    @property
     def usable(self) -> bool:
         """Whether it takes requests: ready, not about to stop, and its process lives."""
         return (
@@ -162,6 +169,11 @@ class Instance:
             self.outcome.set_result(
                 LoadEvent(state="ready", instance=self.id, hops=tuple(self.hops))
             )
+
+    def touch(self, now_s: float) -> None:
+        """Somebody was told that it is ready, and is about to use it."""
+        if not self.running:
+            self.ready_s, self.idle_s = now_s, None
 
     def ended(self, to: InstanceState, error: SLLMError | None) -> None:
         """Its life is over."""

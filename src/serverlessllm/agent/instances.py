@@ -29,6 +29,7 @@ from serverlessllm.telemetry.table import INSTANCE_FAILURES
 _log = log("agent")
 _TRANSIENT = (NoCapacity, TooManyRequests, Draining)
 """Failures that say nothing of the next try."""
+_NAME_CHARS_MAX = 80
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -85,8 +86,8 @@ class Instances:
     async def close(self) -> None:
         """Stop every instance at once, and the owner."""
         self.refuse(Draining("this agent is shutting down", retry_after_s=1.0))
-        for life in self._lives.values():
-            life.cancel()
+        for instance in self.all():
+            self._give_up(instance, None)
         if self._lives:
             await asyncio.wait(self._lives.values())
         await self._owner.close()
@@ -96,7 +97,7 @@ class Instances:
         self._refusal = error
         if error is not None:
             for instance in tuple(self._instances.values()):
-                if instance.pending:
+                if instance.coming:
                     self._give_up(instance, error)
 
     def all(self) -> tuple[Instance, ...]:
@@ -135,6 +136,7 @@ class Instances:
         if request.keep_alive_s is not None:
             instance.keep_alive_s = request.keep_alive_s
         if instance.state is InstanceState.READY:
+            instance.touch(self._clock.now_s())
             return LoadEvent(state="ready", instance=instance.id)
         follow(instance.event)
         instance.followers.add(follow)
@@ -142,7 +144,7 @@ class Instances:
             await asyncio.wait({instance.outcome})
         finally:
             instance.followers.discard(follow)
-            if instance.pending and not instance.followers and not instance.spec.min_replicas:
+            if instance.coming and not instance.followers and not instance.spec.min_replicas:
                 self._give_up(instance, None)
         if instance.outcome.cancelled():
             raise LoadFailed(f"the load of {request.spec.model} was stopped", retry_after_s=1.0)
@@ -176,7 +178,7 @@ class Instances:
         wanted = None if request.checkpoint is None else request.checkpoint.id
         found: list[Instance] = []
         for instance in self.of(request.spec.model):
-            if not (instance.pending or instance.usable):
+            if not (instance.coming or instance.usable):
                 continue
             if instance.checkpoint_id == wanted:
                 found.append(instance)
@@ -188,15 +190,12 @@ class Instances:
         return found[0] if request.instances == 1 else found[-1]
 
     def _create(self, request: LoadRequest) -> Instance:
-        model, now_s, settings = (
-            self._model(request.spec.model),
-            self._clock.now_s(),
-            self._settings,
-        )
+        settings, now_s = self._settings, self._clock.now_s()
+        model = self._model(request.spec.model)
         self._check(request.spec.model, model, now_s)
         keep_alive_s = request.spec.keep_alive_s
         instance = Instance(
-            InstanceId(f"{_UNSAFE.sub('-', request.spec.model)}-{secrets.token_hex(4)}"),
+            _new_id(request.spec.model),
             request.spec,
             request.checkpoint,
             keep_alive_s=settings.keep_alive_s if keep_alive_s is None else keep_alive_s,
@@ -242,10 +241,7 @@ class Instances:
                 instance.advance(InstanceState.DRAINING)
         except Exception:  # noqa: BLE001 - boundary of an instance's task: a bug ends only this one
             _log.error("instance failed unexpectedly", instance=instance.id, exc_info=True)
-            to, error = (
-                InstanceState.FAILED,
-                LoadFailed("internal error while the model was started"),
-            )
+            to, error = InstanceState.FAILED, LoadFailed("internal error of the agent")
         self._ended(model, instance, to, error)
 
     def _ended(
@@ -272,7 +268,9 @@ class Instances:
             instance.outcome.set_exception(error)
             instance.outcome.exception()
         instance.stop()
-        self._lives[instance.id].cancel()
+        life = self._lives[instance.id]
+        if not life.cancelling():  # a second one would interrupt its cleaning up
+            life.cancel()
 
     def _stop(self, instance: Instance) -> None:
         """Let it finish what runs, and stop."""
@@ -301,3 +299,8 @@ class Instances:
             slots = ModelSlots(model, self._settings, self._clock, self._owner)
             kept = self._models[model] = _Model(slots)
         return kept
+
+
+def _new_id(model: ModelId) -> InstanceId:
+    """Readable, unique, and short enough for a file's name."""
+    return InstanceId(f"{_UNSAFE.sub('-', model)[:_NAME_CHARS_MAX]}-{secrets.token_hex(4)}")

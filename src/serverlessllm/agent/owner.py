@@ -70,6 +70,7 @@ class Owner:
         self._queues: dict[ModelId, ModelSlots] = {}
         self._wake = asyncio.Event()
         self._next_s: float | None = None
+        self._asking = 0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -88,10 +89,11 @@ class Owner:
 
     def became_idle(self, instance: Instance) -> None:
         """Its last request has ended. Looked at now only if somebody waits for room, or nothing
-        earlier is due: a busy agent must not decide anew with every request."""
-        expiry_s = expires_s(self._facts(instance, kept=False), self._limits)
-        due = expiry_s is not None and (self._next_s is None or expiry_s < self._next_s)
-        if due or any(each.ask is not None for each in self._instances.values()):
+        is due before it is: a busy agent must not decide anew with every request."""
+        idle_s = 0.0 if instance.idle_s is None else instance.idle_s
+        expiry_s = idle_s + instance.keep_alive_s
+        due = self._next_s is None or expiry_s < self._next_s
+        if self._asking or (due and instance.keep_alive_s >= 0):
             self._wake.set()
 
     def queued(self, slots: ModelSlots) -> None:
@@ -117,10 +119,12 @@ class Owner:
             since_s=self._clock.now_s(),
             not_before_s=instance.not_before_s,
         )
+        self._asking += 1
         self._wake.set()
         try:
             await instance.gate
         finally:
+            self._asking -= 1
             instance.ask = None
 
     async def _own(self) -> None:

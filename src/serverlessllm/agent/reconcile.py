@@ -123,8 +123,9 @@ def reconcile(
 ) -> Plan:
     """Expire what is idle for too long, then give room in the order of asking.
 
-    Whoever asks first is served first; a later ask never takes room that an earlier one waits
-    for, and a pause after a crash holds nobody else up. Idle instances are evicted, the longest
+    Whoever asks first is served first, those that hold their checkpoint already before those that
+    do not; a later ask never takes room that an earlier one waits for, and a pause after a crash
+    holds nobody else up. Idle instances are evicted, the longest
     idle first, only when that makes enough room together with what is stopping already.
     """
     actions: list[Action] = []
@@ -141,7 +142,7 @@ def reconcile(
         else:
             deadlines.append(at_s)
     admitted: list[Facts] = []
-    for ask in sorted(asks, key=lambda ask: ask.since_s):
+    for ask in sorted(asks, key=lambda ask: (ask.instances, ask.since_s)):
         if ask.not_before_s > now_s:
             deadlines.append(ask.not_before_s)
             continue

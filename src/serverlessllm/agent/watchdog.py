@@ -16,6 +16,7 @@ from serverlessllm.agent.reconcile import silence_s_max
 from serverlessllm.agent.settings import AgentSettings
 from serverlessllm.backends.procfs import session_cpu_s
 from serverlessllm.core.clock import Clock
+from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.edge.upstream import UpstreamError, Upstreams
 from serverlessllm.telemetry import log
 
@@ -44,14 +45,15 @@ class Watchdog:
         """Look until cancelled."""
         while True:
             await self._clock.sleep(self._settings.watch_interval_s)
-            busy = [each for each in self._instances.all() if each.ready_s and each.running]
-            await asyncio.gather(*(self._look(instance) for instance in busy))
+            worth = [each for each in self._instances.all() if _did_work(each)]
+            await asyncio.gather(*(self._look(instance) for instance in worth))
 
     async def _look(self, instance: Instance) -> None:
         now_s = self._clock.now_s()
         self._note_bytes(instance, now_s)
         if now_s - instance.activity.read_s >= self._settings.stats_interval_s:
             instance.activity.read_s = now_s
+            instance.activity.ended_read = instance.activity.ended
             await self._read_figures(instance)
             now_s = self._clock.now_s()
         instance.activity.looked_s = now_s
@@ -127,3 +129,10 @@ class Watchdog:
             if instance.activity.progress is not None:
                 self._moved(instance, self._clock.now_s())
             instance.activity.progress = stats.progress
+
+
+def _did_work(instance: Instance) -> bool:
+    """Whether it works, or has worked since its figures were last read."""
+    if instance.state not in {InstanceState.READY, InstanceState.DRAINING}:
+        return False
+    return instance.running > 0 or instance.activity.ended != instance.activity.ended_read

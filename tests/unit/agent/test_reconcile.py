@@ -157,6 +157,13 @@ class TestRoom:
         asks = (ask("late", memory_bytes=10), ask("early", memory_bytes=40, since_s=NOW_S - 1))
         assert decide(busy, *asks) == ()
 
+    def test_who_holds_a_checkpoint_already_is_not_held_up_by_who_wants_one(self) -> None:
+        loaded = ready("loaded", state=InstanceState.LOADING, memory_bytes=0)
+        busy = ready("a", held=1)
+        second = ask("loaded", checkpoint=None, checkpoint_bytes=0, instances=0)
+        actions = decide([loaded, busy], ask("early", since_s=NOW_S - 5), second)
+        assert actions == (Admit(InstanceId("loaded")),)
+
     def test_a_pause_after_a_crash_holds_nobody_up(self) -> None:
         plan = reconcile(
             [], [ask("crashed", not_before_s=NOW_S + 2), ask("b")], BUDGET, LIMITS, NOW_S
