@@ -39,7 +39,7 @@ class ModelOnAgent(msgspec.Struct, frozen=True, kw_only=True):
     queue_len: int = 0
     """Requests the agent holds for it: running and waiting."""
     slots: int = 1
-    """Requests one instance runs at once."""
+    """Requests that its instances together run at once."""
     instances: int = 0
     expires_in_s: float | None = None
     """Idle time left; None: no instance, or kept for ever."""

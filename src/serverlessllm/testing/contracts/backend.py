@@ -37,19 +37,41 @@ _JSON = (("content-type", "application/json"),)
 class BackendHarness(Protocol):
     """What a test file knows of its backend."""
 
-    backend: Backend
-    spec: ModelSpec
-    """A model that it serves; an answer may have 2,000 tokens and then takes over a second."""
-    index: Index | None
-    model_path: Path | None
-    index_path: Path | None
-    refused: tuple[tuple[ModelSpec, Index | None], ...]
-    """Models that it must refuse."""
-    stats_path: str
-    """Where this server tells its figures, read by `stats_backend`."""
-    stats_backend: Backend
-    logprobs: bool
-    embeddings: bool
+    @property
+    def backend(self) -> Backend: ...
+
+    @property
+    def spec(self) -> ModelSpec:
+        """A model that it serves; an answer may have 2,000 tokens and then takes over a second."""
+        ...
+
+    @property
+    def index(self) -> Index | None: ...
+
+    @property
+    def model_path(self) -> Path | None: ...
+
+    @property
+    def index_path(self) -> Path | None: ...
+
+    @property
+    def refused(self) -> tuple[tuple[ModelSpec, Index | None], ...]:
+        """Models that it must refuse."""
+        ...
+
+    @property
+    def stats_path(self) -> str:
+        """Where this server tells its figures, read by `stats_backend`."""
+        ...
+
+    @property
+    def stats_backend(self) -> Backend: ...
+
+    @property
+    def logprobs(self) -> bool: ...
+
+    @property
+    def embeddings(self) -> bool: ...
 
 
 class Running:
