@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 
 from serverlessllm.core.errors import TooManyRequests
 from serverlessllm.openai.errors import ErrorBody
+from serverlessllm.orchestrator.rest.inference import _Call
 
 ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -153,6 +155,25 @@ async def test_retries_have_a_budget_of_their_own(cluster):
         agent.die_before_head = True
     assert (await c.chat("m")).code == "backend_died"
     assert sum(len(agent.requests) for agent in c.agents) == 1
+
+
+async def test_requests_that_lost_their_agent_leave_nothing(cluster):
+    c = await cluster(
+        agent_probe_after_s=0.05, agent_probe_s_max=0.05, retry_min=0, retry_share=0.0
+    )
+    gate = asyncio.Event()
+
+    async def hang(request):
+        await gate.wait()
+
+    for _ in range(3):
+        await c.warm("m")
+        c.agents[0]._server.handler = hang
+        assert (await asyncio.wait_for(c.chat("m"), 3.0)).code == "backend_died"
+        c.agents[0]._server.handler = c.agents[0]._handle
+    gate.set()
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is _Call]
 
 
 async def test_a_metadata_store_that_goes_away_stops_changes_only(cluster):

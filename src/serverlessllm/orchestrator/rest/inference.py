@@ -36,8 +36,8 @@ Parse = Callable[[bytes, RequestLimits], ParsedRequest]
 _OK = 200
 WAIT_HEADER = "x-sllm-wait"
 """Seconds that the client will wait for a cold model; 0: answer at once."""
-_DIED = BackendDied("the model's server went away during the answer; send the request again")
-_DIED_EVENT = error_event(_DIED)
+_DIED = "the model's server went away during the answer; send the request again"
+_DIED_EVENT = error_event(BackendDied(_DIED))
 
 
 class _Call:
@@ -136,7 +136,7 @@ class Inference:
             except asyncio.CancelledError:
                 if not lease.lost or _still_cancelled():
                     raise
-                return self._lost(call, lease, _DIED)
+                return self._lost(call, lease, BackendDied(_DIED))
 
     async def _forward(self, call: _Call, lease: Lease) -> bool:
         call.timing.sent_s = self._clock.now_s()
