@@ -133,7 +133,7 @@ class AgentApi:
         request.respond(200, _JSON, _encoder.encode(self._status()))
 
     async def _metrics(self, request: Request) -> None:
-        request.respond(200, _TEXT, render_metrics())
+        request.respond(200, _TEXT, await asyncio.to_thread(render_metrics))
 
     async def _chunk(self, request: Request) -> None:
         if self._chunk_waiters >= self._chunk_waiters_max:

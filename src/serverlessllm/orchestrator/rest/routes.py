@@ -44,6 +44,7 @@ _DRAINING = Draining("this server is shutting down; send the request again")
 _JSON = (("content-type", "application/json"),)
 _PLAIN = "text/plain; charset=utf-8"
 _MODELS = "/v1/models"
+_METRICS = "/metrics"
 _MANAGEMENT = "/api/"
 _PARSERS: dict[str, Parse] = {
     "/v1/chat/completions": parse_chat,
@@ -85,7 +86,6 @@ class Routes:
             _MODELS: self._list_models,
             "/livez": _alive,
             "/readyz": self._readyz,
-            "/metrics": self._metrics,
         }
 
     async def handle(self, request: Request) -> None:
@@ -146,12 +146,14 @@ class Routes:
             await self._manage(request)
             return
         plain = self._plain.get(path)
-        if plain is None and not path.startswith(f"{_MODELS}/"):
+        if plain is None and path != _METRICS and not path.startswith(f"{_MODELS}/"):
             raise RouteNotFound(f"there is no {path[:200]}")
         if request.method not in {"GET", "HEAD"}:
             raise MethodNotAllowed(f"{path[:200]} takes GET")
         if plain is not None:
             plain(request)
+        elif path == _METRICS:
+            await self._metrics(request)
         else:
             self._show_model(request, unquote(path[len(_MODELS) + 1 :]))
 
@@ -173,9 +175,10 @@ class Routes:
             raise Unavailable(reason, retry_after_s=1.0)
         _text(request, b"ok\n")
 
-    def _metrics(self, request: Request) -> None:
+    async def _metrics(self, request: Request) -> None:
         self._before_metrics()
-        _text(request, render_metrics(), CONTENT_TYPE)
+        text = await asyncio.to_thread(render_metrics)  # 0.2 s of 300 models' series
+        _text(request, text, CONTENT_TYPE)
 
     async def _manage(self, request: Request) -> None:
         """Pass a management request on to the ordinary application behind us."""
