@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import msgspec
 
@@ -94,13 +95,15 @@ class Operations:
     async def pull(
         self, model: ModelId, source: str | None, backend: str | None
     ) -> AsyncIterator[JobRecord]:
-        """Register a model if it is new, and have its checkpoint in the store.
+        """Register a model if it is new, and have its checkpoint in the store. A new name that
+        can have none is forgotten again.
 
         Raises:
             Conflict: it is registered with another source.
             SLLMError: why it could not be ingested.
         """
         record = self._view.models.get(model)
+        new = record is None
         if record is None:
             spec = ModelSpec(model=model, source=source or f"hf://{model}", backend=backend)
             record = await self.create(spec)
@@ -109,8 +112,14 @@ class Operations:
         self._room.forget(model)
         last = JobRecord(model=model, owner="", epoch=Epoch(0), stage=JobStage.RESOLVING)
         if record.spec.source is not None:
-            async for last in self._ingest(model, record.spec):
-                yield last
+            try:
+                async for last in self._ingest(model, record.spec):
+                    yield last
+            except SLLMError as error:
+                if new and error.permanent:
+                    with suppress(SLLMError):
+                        await self.delete(model)
+                raise
             record = self._view.models.get(model, record)
         size_bytes = record.checkpoint.size_bytes if record.checkpoint else last.bytes_done
         yield msgspec.structs.replace(

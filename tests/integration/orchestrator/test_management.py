@@ -10,7 +10,7 @@ import pytest
 from serverlessllm import __version__
 from serverlessllm.core.agentapi import LoadEvent
 from serverlessllm.core.cluster import CacheLevel, JobRecord, JobStage
-from serverlessllm.core.errors import LoadFailed, NoCapacity, SourceUnavailable
+from serverlessllm.core.errors import LoadFailed, ModelNotFound, NoCapacity, SourceUnavailable
 from serverlessllm.orchestrator.rest import wire
 
 
@@ -176,6 +176,16 @@ async def test_a_pull_that_fails_says_why_in_its_last_line(cluster):
     answer = await c.ask("/api/pull", {"model": "org/m"})
     last = msgspec.json.decode(answer.body.splitlines()[-1])
     assert last["error"]["code"] == "source_unavailable"
+
+
+async def test_a_pulled_name_that_has_no_weights_is_forgotten(cluster):
+    c = await cluster(agents=0)
+    c.ingestion.error = ModelNotFound("the hub has no such model")
+    await c.ask("/api/pull", {"model": "org/typo"})
+    assert (await c.ask("/api/models/org/typo")).status == 404
+    await c.register("org/known", source="hf://org/known")
+    await c.ask("/api/pull", {"model": "org/known"})
+    assert (await c.ask("/api/models/org/known")).status == 200
 
 
 async def test_explain_prints_the_terms_of_each_agent(cluster):
