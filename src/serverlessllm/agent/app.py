@@ -29,7 +29,7 @@ from serverlessllm.backends.registry import Backends
 from serverlessllm.backends.settings import BackendSettings
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import AgentRecord
-from serverlessllm.core.errors import Draining, Fenced, SLLMError
+from serverlessllm.core.errors import Conflict, Draining, Fenced, SLLMError
 from serverlessllm.core.ids import Address, AgentId
 from serverlessllm.edge.server import EdgeServer
 from serverlessllm.edge.settings import EdgeSettings, UpstreamSettings
@@ -120,7 +120,7 @@ class Agent:
         A metadata store that is away delays only the registration.
 
         Raises:
-            RuntimeError: an agent of this id runs on this machine already.
+            Conflict: an agent of this id runs on this machine already.
             OSError: the address cannot be had.
         """
         self._take_run_dir()
@@ -189,7 +189,7 @@ class Agent:
         except BlockingIOError:
             os.close(self._lock)
             self._lock = -1
-            raise RuntimeError(
+            raise Conflict(
                 f"an agent with the id {self._agent!r} runs on this machine already: "
                 "give this one another (agent.id)"
             ) from None

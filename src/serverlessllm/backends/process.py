@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -157,6 +158,9 @@ class BackendProcess:
         self._signal(signal.SIGKILL)
 
     def _spawn(self, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        if shutil.which(self._plan.command[0], path=environment["PATH"]) is None:
+            # The guard would find out too, but only its log would tell.
+            raise FileNotFoundError(errno.ENOENT, "no such program on the agent's PATH")
         output, output_end = os.pipe()
         inherited = []
         if self._plan.tells_ready:

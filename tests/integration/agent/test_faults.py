@@ -15,6 +15,7 @@ import pytest
 from serverlessllm.agent.instance import Instance
 from serverlessllm.backends.procfs import session_members
 from serverlessllm.core.agentapi import REFUSED_HEADER
+from serverlessllm.core.errors import Conflict
 from serverlessllm.core.ids import AgentId
 from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.metadata.registry import Registry
@@ -240,7 +241,7 @@ class TestCluster:
     async def test_two_of_one_name_do_not_start_on_one_machine(self, machine: Machine) -> None:
         async with machine.agent() as agent:
             await agent.load(fake_spec())
-            with pytest.raises(RuntimeError, match="runs on this machine already"):
+            with pytest.raises(Conflict, match="runs on this machine already"):
                 async with machine.agent():
                     pass
             assert (await agent.chat(MODEL))[0] == 200

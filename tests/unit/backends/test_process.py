@@ -105,6 +105,11 @@ async def said(process: BackendProcess, word: str) -> None:
             await asyncio.sleep(0.002)
 
 
+async def test_a_program_that_is_not_there_is_said(start: Start) -> None:
+    with pytest.raises(LoadFailed, match="'my-server' cannot be started: no such program"):
+        start("", command=("my-server", "--uds"))
+
+
 async def test_its_end_is_noticed_within_a_tenth_of_a_second(start: Start) -> None:
     process = start("import time; time.sleep(60)")
     killed_s = time.monotonic()
