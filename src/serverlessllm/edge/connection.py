@@ -91,7 +91,8 @@ class Connection(asyncio.Protocol):
     def enqueue(self, request: Request) -> None:
         """A request has come: its turn is now, or after those before it."""
         if self._active is None:
-            self._begin(request)
+            self._active = request
+            self._task = self.server.loop.create_task(self._run(request))
             return
         self._queue.append(request)
         most = self._settings.pipeline_max
@@ -108,10 +109,6 @@ class Connection(asyncio.Protocol):
         """Whether the request that came last is the last that is answered."""
         last = self._queue[-1] if self._queue else self._active
         return last is not None and not last.keep_alive
-
-    def _begin(self, request: Request) -> None:
-        self._active = request
-        self._task = self.server.loop.create_task(self._run(request))
 
     async def _run(self, request: Request) -> None:
         """The boundary of a request: whatever goes wrong in it ends here."""
@@ -149,7 +146,7 @@ class Connection(asyncio.Protocol):
         elif not request.keep_alive:
             self._transport.close()
         elif self._queue:
-            self._begin(self._queue.popleft())
+            self.enqueue(self._queue.popleft())
             if len(self._queue) < self._settings.pipeline_max:
                 self._resume_reading()
         elif self.server.stopping:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _METHODS = {name: name.decode() for name in (b"GET", b"POST", b"PUT", b"DELETE", b"HEAD")}
 _SCHEMES = (b"http", b"https")
+_TARGETS_MAX = 1024
+"""Targets remembered as their parts: clients ask for few paths, again and again."""
+_targets: dict[bytes, tuple[str, str]] = {}
 
 
 class _Refused(Exception):
@@ -30,10 +33,18 @@ class _Refused(Exception):
         self.error = error
 
 
-def _origin_form(url: bytes) -> bytes:
-    """The path of an absolute URL; anything else that is no path is left as it is."""
-    scheme, found, rest = url.partition(b"://")
-    return b"/" + rest.partition(b"/")[2] if found and scheme.lower() in _SCHEMES else url
+def _split_target(target: bytes) -> tuple[str, str]:
+    """Path and query; the path of an absolute URL, or what is no path at all, as it is."""
+    path, _, query = target.partition(b"?")
+    if not path.startswith(b"/"):
+        scheme, found, rest = path.partition(b"://")
+        if found and scheme.lower() in _SCHEMES:
+            path = b"/" + rest.partition(b"/")[2]
+    parts = path.decode(), query.decode()
+    if len(_targets) >= _TARGETS_MAX:
+        _targets.clear()
+    _targets[target] = parts
+    return parts
 
 
 class Receiver:
@@ -96,7 +107,7 @@ class Receiver:
             self.receiving.keep_alive = False
             self.receiving.broken(error)
             return
-        request = Request(self._connection, "", "", "", {}, self._now_s(), keep_alive=False)
+        request = Request(self._connection, "", "", "", {}, self._now_s(), False)
         request.refusal = error
         self._connection.enqueue(request)
 
@@ -137,25 +148,23 @@ class Receiver:
         version = "1.1"
         if not keep_alive or b"connection" in fields:
             version = parser.get_http_version()
-        path, _, query = url.partition(b"?")
-        if not path.startswith(b"/"):
-            path = _origin_form(path)
+        path, query = _targets.get(url) or _split_target(url)
         method = parser.get_method()
         request = Request(
             self._connection,
             _METHODS.get(method) or method.decode(),
-            path.decode(),
-            query.decode(),
+            path,
+            query,
             fields,
             self._now_s(),
-            keep_alive=keep_alive,
+            keep_alive,
         )
         if version != "1.1":
             request.framed = request.keep_alive = False
         self.receiving = request
         self._body_bytes = self._framing_bytes = 0
         self.since_s = self._sweeper.now_s
-        request.refusal = self._refusal(fields, url, path, version)
+        request.refusal = self._refusal(request, fields, url, version)
         self._connection.enqueue(request)
         if request.refusal is not None:
             raise _Refused(request.refusal)
@@ -180,34 +189,37 @@ class Receiver:
         return RequestTooLarge(f"the body is longer than {self._settings.body_bytes_max} bytes")
 
     def _refusal(
-        self, fields: dict[bytes, bytes], url: bytes, path: bytes, version: str
+        self, request: Request, fields: dict[bytes, bytes], url: bytes, version: str
     ) -> SLLMError | None:
         """Why a request with this head is not even given to the handler."""
-        if self._too_long(fields, url):
-            return HeadersTooLarge("the request's headers are too long or too many")
-        if not path.startswith(b"/") and path != b"*":
-            return InvalidRequest("the request's target is not a path")
-        if version == "1.1":
-            if b"host" not in fields:
-                return InvalidRequest("the request has no Host header")
-        elif version != "1.0" or b"transfer-encoding" in fields:
-            return InvalidRequest(f"HTTP/{version} is not spoken here in this way")
-        if fields.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
-            return InvalidRequest("this transfer-encoding is not spoken here")
-        if int(fields.get(b"content-length", 0)) > self._settings.body_bytes_max:
-            return self._too_large()
-        if b"upgrade" in fields:
-            self._upgrading = self._parser.should_upgrade()
-        return None
-
-    def _too_long(self, fields: dict[bytes, bytes], url: bytes) -> bool:
         settings = self._settings
         if self._head_bytes > settings.header_bytes_max:
             # The head may share its packet with a body: only then is it worth counting.
             size = len(url) + sum(map(len, fields)) + sum(map(len, fields.values()))
             if size > settings.header_bytes_max:
-                return True
-        return len(fields) > settings.headers_max
+                return HeadersTooLarge("the request's headers are too long")
+        if len(fields) > settings.headers_max:
+            return HeadersTooLarge("the request has too many headers")
+        if b"content-length" in fields:
+            if int(fields[b"content-length"]) > settings.body_bytes_max:
+                return self._too_large()
+        elif b"transfer-encoding" in fields and (
+            fields[b"transfer-encoding"].lower() != b"chunked" or version != "1.1"
+        ):
+            return InvalidRequest("this transfer-encoding is not spoken here")
+        return self._misfit(request, fields, version)
+
+    def _misfit(
+        self, request: Request, fields: dict[bytes, bytes], version: str
+    ) -> InvalidRequest | None:
+        """What is HTTP, but none that is spoken here."""
+        if b"upgrade" in fields:
+            self._upgrading = self._parser.should_upgrade()
+        if not request.path.startswith("/") and request.path != "*":
+            return InvalidRequest("the request's target is not a path")
+        if version == "1.1":
+            return None if b"host" in fields else InvalidRequest("the request has no Host header")
+        return None if version == "1.0" else InvalidRequest(f"HTTP/{version} is not spoken here")
 
     def _stop(self, error: httptools.HttpParserError) -> None:
         """The parser gave up, or was told to."""

@@ -21,13 +21,9 @@ from serverlessllm.edge.wire import (
 )
 
 _safe_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-_process = os.urandom(6).hex()
+_id_prefix = f"req-{os.urandom(6).hex()}-"
+"""Of this process; a count makes an id unique inside it, and costs nothing."""
 _count = itertools.count(1)
-
-
-def _new_id() -> str:
-    """Unique among processes and, cheaply, inside this one."""
-    return f"req-{_process}-{next(_count):x}"
 
 
 class RequestHeaders:
@@ -135,7 +131,6 @@ class Request:
         query: str,
         fields: dict[bytes, bytes],
         arrived_s: float,
-        *,
         keep_alive: bool,
     ) -> None:
         self.line = line
@@ -149,10 +144,9 @@ class Request:
         """When the headers were complete, on the edge's clock."""
         self.keep_alive = keep_alive
         """Whether the connection outlives the answer."""
-        given = fields.get(b"x-request-id")
-        self.id = RequestId(
-            given.decode() if given is not None and _safe_id.fullmatch(given) else _new_id()
-        )
+        self.id = RequestId(f"{_id_prefix}{next(_count):x}")
+        if b"x-request-id" in fields and _safe_id.fullmatch(fields[b"x-request-id"]):
+            self.id = RequestId(fields[b"x-request-id"].decode())
 
     # What a handler uses.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Callable
 
 import httptools
@@ -11,27 +10,27 @@ from serverlessllm.core.units import MIB
 from serverlessllm.edge.errors import UpstreamProtocolError
 from serverlessllm.edge.link import CHUNKED, DONE, Link
 
-_fields = re.compile(rb"\r\n([^:\r]+):[ \t]*([^\r]*)")
-
 
 class ResponseHeaders:
-    """Header fields of an answer by lower-case name; of a repeated one the last."""
+    """Header fields of an answer by lower-case name; of a repeated one the last.
 
-    __slots__ = ("_fields", "_head")
+    Looked up in the raw head: most answers are relayed after a question or two.
+    """
+
+    __slots__ = ("_head", "_lower")
 
     def __init__(self, head: bytes) -> None:
         self._head = head
-        self._fields: dict[bytes, bytes] | None = None
+        self._lower = head.lower()
 
     def get(self, name: str) -> str | None:
         """The value of `name` (write it in lower case)."""
-        fields = self._fields
-        if fields is None:
-            fields = self._fields = {
-                key.lower(): value.rstrip() for key, value in _fields.findall(self._head)
-            }
-        value = fields.get(name.encode())
-        return None if value is None else value.decode("latin-1")
+        key = f"\r\n{name}:".encode()
+        found = self._lower.rfind(key)
+        if found < 0:
+            return None
+        start = found + len(key)
+        return self._head[start : self._head.index(b"\r", start)].decode("latin-1").strip()
 
 
 class Decoder:

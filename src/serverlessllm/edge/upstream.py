@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
+_STARTS_MAX = 256
 
 
 class Pool:
@@ -55,9 +56,23 @@ class Pool:
         self._waiters: deque[asyncio.Future[Link | None]] = deque()
         host = "localhost" if isinstance(self._where, str) else self._where[0]
         port = "" if isinstance(self._where, str) else f":{self._where[1]}"
-        self.host_line = (
-            f" HTTP/1.1\r\nhost: {f'[{host}]' if ':' in host else host}{port}\r\n".encode()
-        )
+        self._host = f"[{host}]{port}" if ":" in host else f"{host}{port}"
+        self.starts: dict[tuple[str, str], bytes] = {}
+        """The first two lines of the requests sent most: few paths, again and again."""
+
+    def start(self, method: str, path: str) -> bytes:
+        """The first two lines of a request.
+
+        Raises:
+            ValueError: the path would break out of its line.
+        """
+        if len(f"{method} {path}".split()) != 2 or not path.isprintable():
+            raise ValueError(f"{method} {path!r}: not a request line")
+        lines = f"{method} {path} HTTP/1.1\r\nhost: {self._host}\r\n".encode()
+        if len(self.starts) >= _STARTS_MAX:
+            self.starts.clear()
+        self.starts[method, path] = lines
+        return lines
 
     async def take(self) -> Link:
         """A fresh connection, or one that another request has just given back.
@@ -251,14 +266,12 @@ class Upstreams:
             UpstreamBusy.
         """
         pool = self._pools.get(address) or self._open(address)
-        start = f"{method} {path}".encode()
-        if b"\r" in start or b"\n" in start or start.count(b" ") != 1:
-            raise ValueError(f"{method} {path!r}: not a request line")
+        start = pool.starts.get((method, path)) or pool.start(method, path)
+        lines = headers if isinstance(headers, bytes) else encode_headers(headers)
         length = b""
         if body or method in _METHODS_WITH_BODY:
             length = b"content-length: %d\r\n" % len(body)
-        lines = headers if isinstance(headers, bytes) else encode_headers(headers)
-        request = b"".join((start, pool.host_line, lines, length, b"\r\n", body))
+        request = b"".join((start, lines, length, b"\r\n", body))
         return Exchange(self, pool, request, timeout_s, bodiless=method == "HEAD")
 
     async def close(self) -> None:

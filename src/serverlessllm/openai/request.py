@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Annotated, TypeVar
 
@@ -98,6 +99,9 @@ _embeddings = msgspec.json.Decoder(_Embeddings)
 _texts = msgspec.json.Decoder(list[str])
 _items = msgspec.json.Decoder(list[Raw])
 
+_model = functools.lru_cache(maxsize=1024)(parse_model_id)
+"""Clients name few models, again and again; what is refused is not remembered."""
+
 
 def check_content_type(content_type: str | None) -> None:
     """Raise `UnsupportedMediaType` unless it is JSON (or not said at all)."""
@@ -124,11 +128,13 @@ def parse_chat(body: bytes, limits: RequestLimits) -> ParsedRequest:
     if not chat.messages:
         raise InvalidRequest("messages: at least one message is needed", param="messages")
     _at_most("messages", len(chat.messages), limits.messages_max, "messages")
-    for place, message in enumerate(chat.messages):
+    for message in chat.messages:
         if message.content.__class__ is list:
-            _check_media(place, message)
+            _check_media(chat.messages)
+            break
     _check_sampled(chat, limits)
-    _check_tokens("max_completion_tokens", chat.max_completion_tokens, limits)
+    if chat.max_completion_tokens is not None:
+        _at_most("max_completion_tokens", chat.max_completion_tokens, limits.max_tokens_max)
     if chat.top_logprobs is not None:
         _at_most("top_logprobs", chat.top_logprobs, limits.top_logprobs_max)
     if chat.tools is not None:
@@ -141,7 +147,8 @@ def parse_completion(body: bytes, limits: RequestLimits) -> ParsedRequest:
     completion = _decode(_completion, body, limits)
     _check_texts("prompt", completion.prompt, limits)
     _check_sampled(completion, limits)
-    _check_answers("best_of", completion.best_of, limits)
+    if completion.best_of is not None:
+        _check_answers("best_of", completion.best_of, limits)
     if completion.logprobs is not None:
         _at_most("logprobs", completion.logprobs, limits.top_logprobs_max)
     return _parsed(completion, stream=bool(completion.stream))
@@ -192,14 +199,14 @@ def _parsed(fields: _Fields, *, stream: bool) -> ParsedRequest:
             keep_alive_s = parse_duration_s(fields.keep_alive)
         except ValueError as error:
             raise InvalidRequest(f"keep_alive: {error}", param="keep_alive") from error
-    return ParsedRequest(
-        model=parse_model_id(fields.model), stream=stream, keep_alive_s=keep_alive_s
-    )
+    return ParsedRequest(model=_model(fields.model), stream=stream, keep_alive_s=keep_alive_s)
 
 
 def _check_sampled(fields: _Sampled, limits: RequestLimits) -> None:
-    _check_answers("n", fields.n, limits)
-    _check_tokens("max_tokens", fields.max_tokens, limits)
+    if fields.n is not None:
+        _check_answers("n", fields.n, limits)
+    if fields.max_tokens is not None:
+        _at_most("max_tokens", fields.max_tokens, limits.max_tokens_max)
     stop = fields.stop
     if stop is None:
         return
@@ -209,14 +216,9 @@ def _check_sampled(fields: _Sampled, limits: RequestLimits) -> None:
         _at_most("stop", len(text), limits.stop_chars_max, "characters")
 
 
-def _check_answers(param: str, count: int | None, limits: RequestLimits) -> None:
-    if count is not None and not 1 <= count <= limits.n_max:
+def _check_answers(param: str, count: int, limits: RequestLimits) -> None:
+    if not 1 <= count <= limits.n_max:
         raise InvalidRequest(f"{param}: must be from 1 to {limits.n_max}", param=param)
-
-
-def _check_tokens(param: str, count: int | None, limits: RequestLimits) -> None:
-    if count is not None:
-        _at_most(param, count, limits.max_tokens_max)
 
 
 def _at_most(param: str, count: int, most: int, unit: str = "") -> None:
@@ -224,14 +226,17 @@ def _at_most(param: str, count: int, most: int, unit: str = "") -> None:
         raise InvalidRequest(f"{param}: at most {most} {unit}".rstrip(), param=param)
 
 
-def _check_media(place: int, message: _Message) -> None:
+def _check_media(messages: list[_Message]) -> None:
     """A URL in a message would make the backend fetch what a stranger names."""
-    for index, part in enumerate(message.content or ()):
-        media = part.image_url if isinstance(part, _Part) else None
-        url = media if isinstance(media, str) else media.url if media is not None else ""
-        if url and not url.startswith("data:"):
-            param = f"messages[{place}].content[{index}].image_url"
-            raise InvalidRequest(f"{param}: send media inline, as a data: URL", param=param)
+    for place, message in enumerate(messages):
+        if not isinstance(message.content, list):
+            continue
+        for index, part in enumerate(message.content):
+            media = part.image_url
+            url = media.url if isinstance(media, _MediaURL) else media
+            if url and not url.startswith("data:"):
+                param = f"messages[{place}].content[{index}].image_url"
+                raise InvalidRequest(f"{param}: send media inline, as a data: URL", param=param)
 
 
 def _check_texts(param: str, value: Raw, limits: RequestLimits) -> None:
