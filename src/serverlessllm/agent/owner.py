@@ -24,7 +24,7 @@ from serverlessllm.agent.slots import ModelSlots
 from serverlessllm.backends.waits import first
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import TierUsage
-from serverlessllm.core.errors import LoadFailed, NoCapacity, SLLMError
+from serverlessllm.core.errors import LoadFailed, NoCapacity, OutOfSpace, SLLMError
 from serverlessllm.core.ids import CheckpointId, InstanceId, ModelId
 from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.core.units import format_size
@@ -106,6 +106,7 @@ class Owner:
 
         Raises:
             NoCapacity: there is none, and none will be soon.
+            OutOfSpace: the checkpoint is larger than the DRAM tier.
         """
         first = not instance.admitted
         checkpoint = instance.checkpoint if first else None
@@ -260,16 +261,16 @@ class Owner:
             gate.set_exception(_no_room(instance, ask, ever=action.ever))
 
 
-def _no_room(instance: Instance, ask: Ask, *, ever: bool) -> NoCapacity:
+def _no_room(instance: Instance, ask: Ask, *, ever: bool) -> SLLMError:
+    """Why: the DRAM tier is too small, memory is, or everything is in use."""
     if ask.checkpoint is not None:
         what, setting = f"{format_size(ask.checkpoint_bytes)} of DRAM", "loader.dram_budget_bytes"
     else:
         what, setting = f"{format_size(ask.memory_bytes)} of memory", "agent.memory_budget_bytes"
-    if ever:
+    if not ever:
         return NoCapacity(
-            f"{instance.model} needs {what}: more than this agent may use; raise {setting}"
+            f"{instance.model} needs {what}, and every instance on this agent is in use",
+            retry_after_s=2.0,
         )
-    return NoCapacity(
-        f"{instance.model} needs {what}, and every instance on this agent is in use",
-        retry_after_s=2.0,
-    )
+    message = f"{instance.model} needs {what}: more than this agent may use; raise {setting}"
+    return NoCapacity(message) if ask.checkpoint is None else OutOfSpace(message)

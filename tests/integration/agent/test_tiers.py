@@ -255,7 +255,7 @@ async def test_a_full_dram_tier_is_made_room_in_or_says_so(
         assert (await agent.until("tiny", lambda row: row.instances == 0)).instances == 0
         failed = await agent.load(msgspec.structs.replace(SPEC, model=ModelId("big")), big)
         assert failed.error is not None
-        assert (failed.error.code, failed.error.status) == ("no_capacity", 503)
+        assert (failed.error.code, failed.error.status) == ("out_of_space", 507)
         busy = asyncio.ensure_future(agent.stream("other", max_tokens=450))
         await agent.until("other", lambda row: row.queue_len == 1)
         refused = await agent.load(SPEC, tiny)
