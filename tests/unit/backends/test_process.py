@@ -105,11 +105,6 @@ async def said(process: BackendProcess, word: str) -> None:
             await asyncio.sleep(0.002)
 
 
-async def test_a_program_that_is_not_there_is_said(start: Start) -> None:
-    with pytest.raises(LoadFailed, match="'my-server' cannot be started: no such program"):
-        start("", command=("my-server", "--uds"))
-
-
 async def test_its_end_is_noticed_within_a_tenth_of_a_second(start: Start) -> None:
     process = start("import time; time.sleep(60)")
     killed_s = time.monotonic()
@@ -161,11 +156,9 @@ async def test_not_ready_in_time_is_a_failed_load(start: Start, client: Upstream
         await process.wait_ready(client)
 
 
-async def test_a_command_that_is_not_there_says_so(start: Start, client: Upstreams) -> None:
-    process = start("", command=("no-such-command-anywhere",))
-    with pytest.raises(LoadFailed, match="status 127"):
-        await process.wait_ready(client)
-    assert any("no-such-command-anywhere" in line for line in process.log_tail)
+async def test_a_command_that_is_not_there_says_so(start: Start) -> None:
+    with pytest.raises(LoadFailed, match="'my-server' cannot be started: no such program"):
+        start("", command=("my-server", "--uds"))
 
 
 async def test_stop_ends_the_whole_group_even_if_it_resists(start: Start) -> None:
