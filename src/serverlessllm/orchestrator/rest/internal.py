@@ -9,6 +9,7 @@ import socket
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import anyio
 import uvicorn
 from starlette.applications import Starlette
 
@@ -36,6 +37,7 @@ class InternalServer:
     """Serves one application until `close`."""
 
     def __init__(self, app: Starlette, run_dir: Path) -> None:
+        self._run_dir = run_dir
         self._path = run_dir / f"api-{os.getpid()}-{next(_numbers)}.sock"
         self._server = _Server(
             uvicorn.Config(
@@ -52,6 +54,8 @@ class InternalServer:
 
     async def start(self) -> Address:
         """Return when it listens; raises what kept it from that."""
+        _sweep(self._run_dir)
+        anyio.get_current_task()  # its back end, 60 ms of imports, must not wait for a request
         self._task = asyncio.ensure_future(self._server.serve())
         listening = asyncio.ensure_future(self._server.listening.wait())
         await asyncio.wait((self._task, listening), return_when=asyncio.FIRST_COMPLETED)
@@ -67,3 +71,10 @@ class InternalServer:
             await self._task
             self._task = None
         self._path.unlink(missing_ok=True)
+
+
+def _sweep(run_dir: Path) -> None:
+    """Remove the sockets of processes that were killed."""
+    for path in run_dir.glob("api-*-*.sock"):
+        if not Path(f"/proc/{path.name.split('-')[1]}").exists():
+            path.unlink(missing_ok=True)
