@@ -8,7 +8,6 @@ whenever it is read; DRAM is read by engines, so all of it is.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -103,7 +102,9 @@ class Leftovers:
         index = await self._files.run(self._indexes.of_tier, self._tier, held.checkpoint)
         if index is None or index.size_bytes != held.size_bytes:
             raise CorruptChunk("its index is missing, or its size is wrong")
-        with contextlib.closing(DramFile(held.fd, held.size_bytes, writable=False)) as dram:
+        async with self._copies.leaving() as stack:
+            dram = DramFile(held.fd, held.size_bytes, writable=False)
+            stack.callback(dram.close)
 
             async def check(chunk: ChunkRange) -> None:
                 crc = index.chunks[chunk.number].crc32c

@@ -148,7 +148,7 @@ class Bringer:
             data = await self._files.run(found.tier.read_index, ref.id)
         if data is None:
             data = await self._store.read_index(ref.prefix)
-        index = self._indexes.decode(data, ref.id)
+        index = await self._files.run(self._indexes.decode, data, ref.id)
         return Job(ref=ref, index=index, index_bytes=data)
 
     def _write_behind(self, copy: Copy, job: Job, source: Held) -> None:

@@ -115,7 +115,7 @@ class Pipeline:
             self._copies,
             tries_max=settings.chunk_tries_max,
         )
-        with contextlib.ExitStack() as stack:
+        async with self._copies.leaving() as stack:
             move = self._open(moves, copy, source, partial, stack)
 
             async def moved(chunk: ChunkRange) -> None:

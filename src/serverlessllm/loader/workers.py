@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,6 +39,15 @@ class Threads:
                     undo(done.result())
             raise
         return done.result()
+
+    @contextlib.asynccontextmanager
+    async def leaving(self) -> AsyncIterator[contextlib.ExitStack]:
+        """A stack of things to close, closed in a thread: to unmap a GiB takes 60 ms."""
+        stack = contextlib.ExitStack()
+        try:
+            yield stack
+        finally:
+            await finish(self.run(stack.close))
 
     def close(self) -> None:
         """Nothing may be running."""

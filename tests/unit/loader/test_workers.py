@@ -81,6 +81,30 @@ async def test_a_cleanup_runs_to_its_end() -> None:
     assert done == ["clean"]
 
 
+async def test_what_is_left_is_closed_in_a_thread_though_the_caller_is_cancelled() -> None:
+    threads = Threads(1, "test")
+    go_on, closed_by = threading.Event(), []
+
+    def close() -> None:
+        go_on.wait()
+        closed_by.append(threading.current_thread())
+
+    async def use() -> None:
+        async with threads.leaving() as stack:
+            stack.callback(close)
+
+    using = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    for _ in range(2):
+        using.cancel()
+        await asyncio.sleep(0)
+    assert not using.done()
+    go_on.set()
+    await asyncio.gather(using, return_exceptions=True)
+    assert [thread is threading.main_thread() for thread in closed_by] == [False]
+    threads.close()
+
+
 async def test_for_each_keeps_the_order_and_the_width() -> None:
     begun: list[int] = []
     running = 0
