@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from tests.e2e.served import Served, serving_anew
 
 from serverlessllm.agent.settings import AgentSettings
-from serverlessllm.config.paths import derive
-from serverlessllm.config.settings import Settings
-from serverlessllm.core.agentapi import TOKEN_HEADER
 from serverlessllm.core.ids import Address
-from serverlessllm.testing.answers import Answer, ask, ask_chat, check_error, figure, within
+from serverlessllm.testing.answers import Answer, ask_chat, check_error, figure, within
 from serverlessllm.testing.hub import HubServer
 from serverlessllm.testing.management import call, register
-from serverlessllm.testing.processes import data_directory, sllm
 
 CROWD = 200
 NOTICED_S = 1.0
-
-
-class System(NamedTuple):
-    """A running `sllm serve`, and what of it can be seen from outside."""
-
-    address: Address
-    data_dir: Path
-    log: Path
-
-    def starts(self, model: str) -> int:
-        """Backend processes of the model that became ready."""
-        lines = map(json.loads, self.log.read_text().splitlines())
-        return sum(line["event"] == "agent.start" and line["model"] == model for line in lines)
-
-    def backend(self, figure_name: str) -> int:
-        """One of the figures that the fake backends tell, over all that run."""
-        runtime_dir = derive(Settings(data_dir=str(self.data_dir)), os.environ).runtime_dir
-        sockets = runtime_dir.glob("a-*/*/backend.sock")
-        told = [ask(Address(f"unix:{path}"), "GET", "/stats") for path in sockets]
-        return sum(each.json()[figure_name] for each in told if each.status == 200)
-
-    def held(self) -> int:
-        """Requests that the agent holds, by its own word."""
-        (agent,) = call(self.address, "GET", "/api/agents")["agents"]
-        token = (self.data_dir / "cluster-token").read_text()
-        status = ask(agent["record"]["address"], "GET", "/status", headers={TOKEN_HEADER: token})
-        return sum(model["queue_len"] for model in status.json()["models"])
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +27,16 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory, hub: HubServer) -> Iterator[System]:
-    arguments = ("--port", "0", "--set", f"ingest.hub_endpoint={hub.url}")
-    with (
-        data_directory(tmp_path_factory.mktemp("crowd")) as data_dir,
-        sllm("serve", *arguments, data_dir=data_dir) as running,
-    ):
+def system(tmp_path_factory: pytest.TempPathFactory, hub: HubServer) -> Iterator[Served]:
+    with serving_anew(tmp_path_factory.mktemp("crowd"), {"ingest.hub_endpoint": hub.url}) as system:
         talk = {"tokens": "100000", "token_s": "0.02"}
-        register(running.address, model="talking", backend="fake", options=talk)
+        register(system.address, model="talking", backend="fake", options=talk)
         silent = {"first_token_s": "60"}
-        register(running.address, model="silent", backend="fake", options=silent)
-        yield System(running.address, data_dir, running.log)
+        register(system.address, model="silent", backend="fake", options=silent)
+        yield system
 
 
-def crowd(system: System, hub: HubServer, model: str) -> list[Answer]:
+def crowd(system: Served, hub: HubServer, model: str) -> list[Answer]:
     """What `CROWD` clients are answered who all ask before the hub gives the first byte."""
     hub.gate.clear()
     try:
