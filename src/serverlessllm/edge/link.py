@@ -83,6 +83,8 @@ class Link(asyncio.Protocol):
         self.error: UpstreamError | None = None
         """Why the link is DEAD."""
         self.reusable = False
+        self.used = False
+        """Whether an exchange has gone well on it before."""
         self.untouched = True
         """Whether not one byte of an answer has come."""
         self.used = False

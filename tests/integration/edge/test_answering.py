@@ -314,6 +314,19 @@ async def test_closing_cancels_and_waits_for_handlers(make_edge: MakeEdge) -> No
     assert ended.is_set() or edge.server.connections == 0
 
 
+async def test_small_answers_do_not_wait_for_acknowledgements(make_edge: MakeEdge) -> None:
+    options: list[int] = []
+
+    async def look(request: Request) -> None:
+        transport = request.line._transport  # type: ignore[attr-defined]
+        accepted = transport.get_extra_info("socket")
+        options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        request.respond(200)
+
+    await (await make_edge(look)).ask(post(b""))
+    assert options == [1]
+
+
 async def test_a_unix_socket_is_taken_over_and_removed(short_path: Path) -> None:
     path = short_path / "e.sock"
     stale = socket.socket(socket.AF_UNIX)

@@ -186,6 +186,16 @@ async def test_a_kept_connection_that_dies_unheard_is_replaced_once(
     assert backend.accepted == 2
 
 
+async def test_a_kept_connection_that_is_closing_is_replaced(
+    upstreams: Upstreams, backend: Backend, backend_address: Address
+) -> None:
+    await _keep_one(upstreams, backend, backend_address)
+    upstreams._pools[backend_address].idle[0]._transport.close()  # its loss is not known yet
+    asking = asyncio.create_task(get(upstreams, backend_address))
+    await serve(backend, EMPTY)
+    assert await asking == b""
+
+
 async def test_a_fresh_connection_that_dies_is_not_asked_again(
     upstreams: Upstreams, backend: Backend, backend_address: Address
 ) -> None:
