@@ -105,4 +105,5 @@ def test_bad_input_is_400_and_names_the_field(client, fields, param):
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="tiny", **fields)
     assert refused.value.param == param
+    assert isinstance(refused.value.body, dict)
     assert set(refused.value.body) == {"message", "type", "param", "code"}
