@@ -42,6 +42,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 1
     running: bool = False
     """It has an instance of the model, ready or on its way."""
+    evicted_bytes: int = 0
+    """What its DRAM tier must give up first: among equal scores, the one that loses least."""
     excluded: Exclusion | None = None
     reason: str = ""
     """Beside `excluded`, for people."""
@@ -87,15 +89,19 @@ EXPLAIN_COLUMNS = (
 def choose(candidates: Sequence[Candidate], weights: Weights, *, tie: int = 0) -> Decision:
     """Order the candidates by score.
 
-    `tie` breaks exact ties: those who tie are ordered by name and rotated by it, so that callers
-    with different numbers (the count of their requests) spread over equals. The result does not
-    depend on the order of `candidates`.
+    Of those who tie exactly, the one that evicts least comes first; `tie` breaks what is still
+    equal: ordered by name and rotated by it, so that callers with different numbers (the count of
+    their requests) spread. The result does not depend on the order of `candidates`.
     """
     by_name = sorted(candidates, key=lambda c: c.agent)
     rows = [_row(c, weights) for c in by_name]
-    ranked = sorted((r for r in rows if r.excluded is None), key=lambda r: r.score_s)
+    evicted_bytes = {c.agent: c.evicted_bytes for c in candidates}
+
+    def rank(row: Row) -> tuple[float, int]:
+        return row.score_s, evicted_bytes[row.agent]
+
     order: list[Row] = []
-    for _, group in groupby(ranked, key=lambda r: r.score_s):
+    for _, group in groupby(sorted((r for r in rows if r.excluded is None), key=rank), key=rank):
         equals = list(group)
         turn = tie % len(equals)
         order += equals[turn:] + equals[:turn]

@@ -82,6 +82,13 @@ def _measured(bandwidth: Mapping[str, float], hops: tuple[str, ...], assumed: fl
     return min((bandwidth[hop] for hop in hops if bandwidth.get(hop, 0.0) > 0), default=assumed)
 
 
+def _evicted_bytes(agent: AgentRecord, cache_level: CacheLevel, size_bytes: int) -> int:
+    """What the agent's DRAM tier must give up to take the checkpoint in."""
+    if cache_level <= CacheLevel.DRAM:
+        return 0
+    return max(0, size_bytes - (agent.dram.budget_bytes - agent.dram.used_bytes))
+
+
 def candidate(
     agent: AgentRecord,
     model: ModelId,
@@ -115,6 +122,7 @@ def candidate(
         service_s=known.service_s,
         slots=slots,
         running=known.state is not None and known.state not in _ENDED,
+        evicted_bytes=_evicted_bytes(agent, level, size_bytes),
         excluded=excluded,
         reason=reason,
     )

@@ -25,6 +25,14 @@ def agent(name: str, level: CacheLevel = CacheLevel.DEVICE, **fields: object) ->
     return msgspec.structs.replace(Candidate(agent=AgentId(name), cache_level=level), **fields)
 
 
+@given(st.integers())
+def test_of_equal_scores_the_one_that_evicts_least_is_asked_first(tie) -> None:
+    full = agent("full", CacheLevel.STORE, evicted_bytes=1)
+    spare = agent("spare", CacheLevel.STORE)
+    better = agent("better", CacheLevel.DRAM, evicted_bytes=2)
+    assert choose([full, spare, better], W, tie=tie).order == ("better", "spare", "full")
+
+
 candidate = st.builds(
     Candidate,
     agent=st.text("abcdef", min_size=1, max_size=3).map(AgentId),
@@ -34,6 +42,7 @@ candidate = st.builds(
     size_bytes=st.integers(0, 10**9),
     bandwidth_bytes_s=st.floats(1e6, 1e9),
     running=st.booleans(),
+    evicted_bytes=st.integers(0, 2),
     excluded=st.none() | st.sampled_from(Exclusion),
 )
 candidates = st.lists(candidate, max_size=8, unique_by=lambda c: c.agent)

@@ -107,6 +107,14 @@ def test_an_agent_that_never_saw_the_model_is_a_cold_candidate() -> None:
     assert (c.excluded, c.running, c.queue_len, c.start_s) == (None, False, 0, None)
 
 
+def test_what_an_agent_must_evict_for_a_model() -> None:
+    room = agent(dram=2 * GIB, pinned=GIB)
+    there = agent(ModelOnAgent(model=M, cache_level=CacheLevel.DRAM), dram=2 * GIB, pinned=2 * GIB)
+    assert seen(room, size_bytes=GIB).evicted_bytes == 0
+    assert seen(room, size_bytes=GIB + 5).evicted_bytes == 5
+    assert seen(there, size_bytes=GIB).evicted_bytes == 0
+
+
 def test_an_agent_that_has_it_ready() -> None:
     known = ModelOnAgent(
         model=M,
