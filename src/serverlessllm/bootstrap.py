@@ -24,11 +24,12 @@ from serverlessllm.agent.app import Agent
 from serverlessllm.backends.registry import Backends
 from serverlessllm.config.listen import parse_listen
 from serverlessllm.config.load import Loaded
-from serverlessllm.config.paths import cluster_token, make_private
+from serverlessllm.config.paths import cluster_token, runtime_dir
 from serverlessllm.core.clock import Clock, SystemClock
 from serverlessllm.core.errors import Conflict
 from serverlessllm.core.ids import Address, AgentId, ModelId, parse_agent_id
 from serverlessllm.core.models import ModelRecord, ModelSpec
+from serverlessllm.core.units import format_count
 from serverlessllm.ingest.service import Ingestion
 from serverlessllm.loader.service import Loader
 from serverlessllm.metadata.base import ABSENT
@@ -179,6 +180,21 @@ async def register_demo(registry: Registry) -> None:
         )
 
 
+def check(loaded: Loaded) -> None:
+    """Look at what only a start would look at: addresses, names and URLs. Makes nothing.
+
+    Raises:
+        ValueError, SLLMError: what `serve` would refuse.
+    """
+    _listen(loaded)
+    _agent_listen(loaded)
+    agent_id(loaded.settings.agent.id)
+    open_metadata(_metadata_url(loaded), loaded.settings.metadata, SystemClock())
+    url = _store_url(loaded)
+    if urlsplit(url).scheme != "file":  # a folder would be made
+        open_store(url, loaded.settings.store, SystemClock())
+
+
 async def probe_store(loaded: Loaded) -> str:
     """What `sllm doctor` says of the store. Makes nothing.
 
@@ -190,7 +206,7 @@ async def probe_store(loaded: Loaded) -> str:
     if urlsplit(url).scheme == "file" and not folder.exists():  # noqa: ASYNC240 - one stat
         return f"{url}: made on first use"
     store = open_store(url, loaded.settings.store, SystemClock())
-    return f"{store.where}: {len(await store.list())} checkpoints"
+    return f"{store.where}: {format_count(len(await store.list()), 'checkpoint')}"
 
 
 async def probe_metadata(loaded: Loaded) -> str:
@@ -206,7 +222,11 @@ async def probe_metadata(loaded: Loaded) -> str:
         found = await Registry(metadata, loaded.settings.metadata).snapshot()
     finally:
         await metadata.close()
-    return f"{len(found.models)} models, {len(found.agents)} agents registered"
+    models, agents = (
+        format_count(len(found.models), "model"),
+        format_count(len(found.agents), "agent"),
+    )
+    return f"{models}, {agents} registered"
 
 
 class _Part(Protocol):
@@ -233,17 +253,17 @@ async def _parts(loaded: Loaded) -> AsyncIterator[Parts]:
     settings, paths = loaded.settings, loaded.paths
     configure(settings.telemetry)
     paths.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    make_private(paths.runtime_dir)
     clock = SystemClock()
     metadata = open_metadata(_metadata_url(loaded), settings.metadata, clock)
     try:
-        yield Parts(
-            loaded=loaded,
-            clock=clock,
-            registry=Registry(metadata, settings.metadata),
-            store=open_store(_store_url(loaded), settings.store, clock),
-            token=cluster_token(paths.token_file),
-        )
+        with runtime_dir(paths.runtime_dir):
+            yield Parts(
+                loaded=loaded,
+                clock=clock,
+                registry=Registry(metadata, settings.metadata),
+                store=open_store(_store_url(loaded), settings.store, clock),
+                token=cluster_token(paths.token_file),
+            )
     finally:
         await metadata.close()
 
@@ -270,7 +290,7 @@ async def _until(stop: Stop, address: Address, on_ready: OnReady) -> None:
     gc.freeze()
     on_ready(address)
     await stop.wait()
-    _log.info("draining")
+    _log.info("draining", hint="a second signal cuts off what runs")
 
 
 def _listen(loaded: Loaded) -> Address:

@@ -10,6 +10,8 @@ import openai
 import pytest
 from tests.e2e.system import run
 
+from serverlessllm.config.paths import derive
+from serverlessllm.config.settings import Settings
 from serverlessllm.testing.management import register
 from serverlessllm.testing.processes import sllm
 
@@ -18,8 +20,11 @@ from serverlessllm.testing.processes import sllm
 def test_sigterm_ends_it_in_good_order(data_dir, verb):
     arguments = () if verb == "agent" else ("--port", "0")
     with sllm(verb, *arguments, data_dir=data_dir) as running:
+        sockets = derive(Settings(data_dir=str(data_dir)), os.environ).runtime_dir
+        assert sockets.is_dir()
         assert running.stop() == 0
     assert "Traceback" not in running.log.read_text()
+    assert not sockets.exists()
 
 
 def test_a_second_ctrl_c_does_not_wait_for_answers(data_dir):
@@ -49,6 +54,16 @@ def test_a_port_that_is_taken_names_the_cure(server, data_dir):
     assert done.returncode == 1
     assert done.stdout == ""
     assert "--port 0" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["serve", "agent"])
+def test_a_second_one_on_the_same_data_directory_names_the_cure(server, verb):
+    arguments = () if verb == "agent" else ("--port", "0")
+    done = run(verb, *arguments, "--data-dir", str(server.data_dir))
+    assert done.returncode == 1
+    assert "runs on this machine already" in done.stderr
+    assert "agent.id=NAME" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 

@@ -6,12 +6,17 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from tests.e2e.conftest import Server
 from tests.e2e.system import run
+
+from serverlessllm.testing.management import register
 
 
 def ok(server: Server, *arguments: str, stdin: str = "") -> str:
@@ -99,7 +104,7 @@ def test_doctor_sees_the_server(server):
     findings = {row["name"]: row for row in json.loads(done.stdout)}
     assert findings["server"]["health"] == "ok"
     assert findings["backend llamacpp"]["health"] == "ok"
-    assert "agents registered" in findings["metadata"]["text"]
+    assert "1 agent registered" in findings["metadata"]["text"]
     assert all(row["fix"] for row in findings.values() if row["health"] == "fail")
 
 
@@ -115,7 +120,7 @@ def test_doctor_sees_the_server(server):
         (("load", "a b"), "not valid", ""),
         (("load", "fake", "--keep-alive", "soon"), "duration 'soon'", "5m"),
         (("pull", "x", "--source", "ftp://x"), "source 'ftp://x'", "hf://"),
-        (("pull", "x", "--source", "file:///none.gguf"), "none.gguf", ""),
+        (("pull", "x", "--source", "file:///none.gguf"), "none.gguf", "look at the name and at"),
     ],
 )
 def test_a_refusal_is_one_line_and_its_cure(server, arguments, said, cure):
@@ -126,9 +131,54 @@ def test_a_refusal_is_one_line_and_its_cure(server, arguments, said, cure):
     assert cure in done.stderr
 
 
-def test_a_server_that_is_something_else_is_said(server):
-    done = run("ps", "--url", server.url + "/nowhere")
-    assert done.returncode == 0  # only host and port count
+def test_only_host_and_port_of_a_url_count(server):
+    assert run("ps", "--url", server.url + "/nowhere").returncode == 0
+
+
+def test_a_server_of_another_kind_is_said():
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as stranger:
+        thread = threading.Thread(target=stranger.serve_forever)
+        thread.start()
+        try:
+            done = run("ls", url=f"http://127.0.0.1:{stranger.server_port}")
+        finally:
+            stranger.shutdown()
+            thread.join()
+    assert done.returncode == 1
+    assert "not as a ServerlessLLM server does" in done.stderr
+    assert "--url and SLLM_URL" in done.stderr
+
+
+def test_a_failed_pull_shows_in_the_listing(server):
+    register(server.url, model="lost", source="file:///none.gguf")
+    assert run("pull", "lost", url=server.url).returncode == 1
+    try:
+        assert re.search(r"^lost +- +failed ", ok(server, "ls"), re.MULTILINE)
+        assert re.search(r"^ingest +failed: .*none\.gguf", ok(server, "show", "lost"), re.MULTILINE)
+    finally:
+        ok(server, "rm", "lost", "--yes")
+
+
+def test_a_model_of_a_command_lies_nowhere_until_it_runs(server):
+    command = ["my-server", "--uds", "${socket}"]
+    register(server.url, model="absent", backend="openai", command=command)
+    try:
+        done = run("run", "absent", "hello", url=server.url)
+        assert "'my-server' cannot be started" in done.stderr
+        assert "logs/AGENT/" in done.stderr.splitlines()[-1]
+        assert re.search(r"^absent +- +- +openai +my-server --uds", ok(server, "ls"), re.MULTILINE)
+        shown = ok(server, "show", "absent")
+        assert re.search(r"^command +my-server --uds", shown, re.MULTILINE)
+        assert "checkpoint" not in shown
+    finally:
+        ok(server, "rm", "absent", "--yes")
 
 
 def test_run_without_a_prompt_is_a_chat(server):
@@ -152,6 +202,8 @@ def test_run_without_a_prompt_is_a_chat(server):
         wait_for_prompts(1)
         os.write(terminal, b"hello\n")
         wait_for_prompts(2)
+        chat.send_signal(signal.SIGINT)
+        wait_for_prompts(3)
         os.write(terminal, b"/bye\n")
         assert chat.wait(30) == 0
     finally:

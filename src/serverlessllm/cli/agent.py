@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from serverlessllm.cli import options
-from serverlessllm.cli.serve import AllowRemote
 
 
 def agent(
@@ -24,7 +23,7 @@ def agent(
     data_dir: options.DataDir = None,
     config: options.Config = None,
     overrides: options.Set = None,
-    allow_remote: AllowRemote = None,
+    allow_remote: options.AllowRemote = None,
 ) -> None:
     """Run models on this machine for orchestrators."""
     from serverlessllm.cli import server
@@ -39,4 +38,4 @@ def agent(
     )
     from serverlessllm import bootstrap
 
-    server.run(loaded, bootstrap.serve_agent)
+    server.run(loaded, bootstrap.serve_agent, free_port="--listen 127.0.0.1:0")

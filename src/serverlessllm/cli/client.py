@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import http.client
 import json
+import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -42,7 +43,11 @@ class Client:
         except ValueError:  # a port that is none
             parts = urlsplit("")
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise Failure(f"--url {url}: write http://host:port", exit_status=2)
+            raise Failure(
+                f"{url!r} is not a server's address: write http://host:port",
+                "look at --url and SLLM_URL",
+                exit_status=2,
+            )
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._secure = parts.scheme == "https"
         self._headers = {"User-Agent": f"sllm/{__version__}", "Accept": "application/json"}
@@ -93,27 +98,30 @@ class Client:
         data = None if body is None else msgspec.json.encode(body)
         headers = self._headers | ({"Content-Type": "application/json"} if data else {})
         try:
-            connection.connect()
-            connection.sock.settimeout(_ANSWER_TIMEOUT_S)
+            self._connect(connection)
             connection.request(method, path, data, headers)
             response = connection.getresponse()
             with response:
                 if response.status >= 400:
                     raise _failure(response.status, response.read(1 << 20), self)
                 yield response
-        except ConnectionRefusedError as error:
-            raise Failure(
-                f"no server answers at {self.url}",
-                "start one with `sllm serve`, or name another by --url or SLLM_URL",
-            ) from error
         except (OSError, http.client.HTTPException) as error:
-            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
             raise Failure(
-                f"the server at {self.url} went away: {reason or type(error).__name__}",
+                f"the server at {self.url} went away: {_reason(error)}",
                 "see its log; `sllm ps` tells whether it is back",
             ) from error
         finally:
             connection.close()
+
+    def _connect(self, connection: http.client.HTTPConnection) -> None:
+        try:
+            connection.connect()
+        except OSError as error:
+            raise Failure(
+                f"no server answers at {self.url} ({_reason(error)})",
+                "start one with `sllm serve`, or name another by --url or SLLM_URL",
+            ) from error
+        connection.sock.settimeout(_ANSWER_TIMEOUT_S)
 
 
 def connect(url: str | None) -> Client:
@@ -133,21 +141,36 @@ def model_path(prefix: str, model: str) -> str:
     return f"{prefix}/{quote(model, safe='/@')}"
 
 
+def _reason(error: Exception) -> str:
+    """In a few words, without a number."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower() if error.errno else error.strerror
+    return type(error).__name__
+
+
 def _failure(status: int, body: bytes, client: Client) -> Failure:
     try:
         error = msgspec.json.decode(body, type=_ErrorBody).error
     except msgspec.MsgspecError:
-        return Failure(f"{client.url} answered with status {status}", "check --url")
+        return Failure(
+            f"{client.url} answers with status {status}, and not as a ServerlessLLM server does",
+            "look at --url and SLLM_URL",
+        )
     return Failure(error.message, _cure(error.code, error.message, client), code=error.code)
 
 
 def _cure(code: str | None, message: str, client: Client) -> str:
     match code:
         case "model_not_found":
-            near = _near(message, client)
+            asked = re.match(r"the model '([^']+)'", message)
+            if asked is None:  # there is a model, but its source has nothing
+                return "look at the name and at --source"
+            near = _near(asked[1], client)
             return (f"did you mean {near}? " if near else "") + (
                 "`sllm ls` lists the models; `sllm pull NAME` adds one"
             )
+        case "not_found":
+            return f"is {client.url} a ServerlessLLM server? look at --url and SLLM_URL"
         case "invalid_api_key":
             return "set SLLM_API_KEY"
         case "no_capacity":
@@ -157,9 +180,8 @@ def _cure(code: str | None, message: str, client: Client) -> str:
     return ""
 
 
-def _near(message: str, client: Client) -> str | None:
-    """The registered name nearest to the quoted one of the message."""
-    asked = message.split("'")[1] if message.count("'") >= 2 else ""
+def _near(asked: str, client: Client) -> str | None:
+    """The registered name nearest to it."""
     try:
         listing = client.get("/v1/models", dict)
     except Failure:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from serverlessllm.cli import options
+from serverlessllm.cli.failure import Failure
+
+if TYPE_CHECKING:
+    from serverlessllm.config.load import Loaded
 
 app = typer.Typer(
     help="Settings: check them, or print an example of all.",
@@ -24,6 +30,7 @@ def check(
     from serverlessllm.cli.output import print_json, print_table
 
     loaded = options.settings(config, data_dir, overrides)
+    _check(loaded)
 
     from serverlessllm.config.load import effective
 
@@ -34,6 +41,19 @@ def check(
     print(f"file: {loaded.path or 'none found; defaults, environment and flags only'}")
     print(f"data: {loaded.paths.data_dir}\nsockets: {loaded.paths.runtime_dir}\n")
     print_table(("setting", "value", "set by"), ((row.key, row.value, row.origin) for row in rows))
+
+
+def _check(loaded: Loaded) -> None:
+    """What a start would refuse is refused here."""
+    from serverlessllm import bootstrap
+    from serverlessllm.core.errors import SLLMError
+
+    try:
+        bootstrap.check(loaded)
+    except (ValueError, SLLMError) as error:
+        raise Failure(
+            str(error), "`sllm config example` explains every setting", exit_status=2
+        ) from error
 
 
 @app.command("example")

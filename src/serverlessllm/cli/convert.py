@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,7 @@ def convert(
     from serverlessllm.core.errors import SLLMError
     from serverlessllm.core.units import format_size
 
+    made = not destination.exists()
     try:
         raw = _open(source, model, revision)
         destination.mkdir(parents=True, exist_ok=True)
@@ -43,6 +45,10 @@ def convert(
         raise Failure(error.message) from error
     except OSError as error:
         raise Failure(f"{error.filename or destination}: {error.strerror}") from error
+    finally:
+        if made:
+            with suppress(OSError):  # a checkpoint is in it, or what the next run resumes from
+                destination.rmdir()
     if json:
         print_json({"checkpoint": done.id, "size_bytes": done.size_bytes})
         return

@@ -28,7 +28,7 @@ def explain(model: options.Model, url: options.Url = None, json: options.Json = 
                 row.cache_level.tier,
                 str(row.queue_len),
                 f"{row.cache_term_s:.3f}",
-                f"{row.kv_term_s:.3f}",
+                f"{row.kv_term_s or 0.0:.3f}",
                 f"{row.queue_term_s:.3f}",
                 f"{row.move_term_s:.3f}",
                 f"{row.score_s:.3f}",

@@ -63,13 +63,14 @@ def _print_layers(index: Index, *, tensors: bool) -> None:
     from rich.tree import Tree
 
     from serverlessllm.checkpoint.index import layers
-    from serverlessllm.core.units import format_size
+    from serverlessllm.core.units import format_count, format_size
 
     tree = Tree("layers, in execution order")
     for layer in layers(index):
         held = sum(tensor.size_bytes for tensor in layer.tensors)
+        tensor_count = format_count(len(layer.tensors), "tensor")
         branch = tree.add(
-            f"{layer.name}  [dim]{format_size(held)}, {len(layer.tensors)} tensors, "
+            f"{layer.name}  [dim]{format_size(held)}, {tensor_count}, "
             f"{_dtypes(layer.tensors)}, at {layer.offset}[/dim]"
         )
         if tensors:

@@ -49,9 +49,17 @@ def load_model(
             if json:
                 print_line(event)
             else:
-                bar(event.stage or event.state, event.bytes_done, event.bytes_total)
+                bar(_stage(event), event.bytes_done, event.bytes_total)
     if event is not None and event.error is not None:
-        raise Failure(event.error.message, "`sllm explain` and `sllm doctor` tell more")
+        raise Failure(
+            event.error.message,
+            "more is in the server's log, and in logs/AGENT/ of the data directory",
+        )
     if event is None or event.state != "ready":
         raise Failure(f"{model}: the server ended the load without an answer", "see its log")
     return event
+
+
+def _stage(event: LoadEvent) -> str:
+    """What is under way; the agent's queue and the orchestrator's are one to who waits."""
+    return "queued" if event.stage == "queue" else event.stage or event.state

@@ -70,14 +70,15 @@ def _find(name: str, data_dir: str | None, config: Path | None) -> Path:
     stored = _in_store(name, data_dir, config)
     if stored is not None:
         return stored
-    if path.exists():
+    if name and path.exists():
         raise Failure(
             f"{path}: no checkpoint (model.bin and model.idx)",
             f"make one of raw weights: sllm convert {path} DEST",
         )
     raise Failure(
-        f"{name}: no such folder or file, and no such model in the local store",
-        "`sllm ls` lists the models; `sllm pull NAME` brings one into the store",
+        f"{name!r}: no such folder or file, and no such model in the store of "
+        f"{options.settings(config, data_dir).paths.data_dir}",
+        "`sllm pull NAME` brings one there; --data-dir names another",
     )
 
 

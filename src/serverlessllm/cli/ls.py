@@ -8,6 +8,7 @@ from serverlessllm.cli import options
 
 if TYPE_CHECKING:
     from serverlessllm.cli.client import Client
+    from serverlessllm.core.cluster import ModelOnAgent
     from serverlessllm.orchestrator.rest.wire import ModelView
 
 
@@ -29,7 +30,7 @@ def ls(url: options.Url = None, json: options.Json = False) -> None:
                 format_size(view.checkpoint.size_bytes) if view.checkpoint else "-",
                 nearest_tier(view),
                 view.spec.backend or "auto",
-                view.spec.source or view.spec.url or "-",
+                view.spec.source or view.spec.url or " ".join(view.spec.command) or "-",
             )
             for view in models
         ),
@@ -51,8 +52,20 @@ def list_models(client: Client) -> list[ModelView]:
 
 
 def nearest_tier(view: ModelView) -> str:
-    """The best tier that holds its bytes anywhere; `-` before it was ever ingested."""
-    levels = [place.on_agent.cache_level for place in view.placements]
-    if levels and (view.checkpoint is not None or min(levels) == 0):
-        return min(levels).tier
-    return "store" if view.checkpoint is not None else "-"
+    """The best tier that holds its bytes anywhere; `-` where none has any, `failed` where the
+    ingest did."""
+    nearest = min(
+        (p.on_agent for p in view.placements), key=lambda on: on.cache_level, default=None
+    )
+    if nearest is not None and tier_name(nearest) != "-":
+        return nearest.cache_level.tier
+    if view.checkpoint is not None:
+        return "store"
+    return "failed" if view.job is not None and view.job.error is not None else "-"
+
+
+def tier_name(on_agent: ModelOnAgent) -> str:
+    """Where it lies; `-` for a model without a checkpoint that is not running either."""
+    if on_agent.checkpoint is None and not on_agent.instances:
+        return "-"
+    return on_agent.cache_level.tier

@@ -40,6 +40,20 @@ Set = Annotated[
         show_default=False,
     ),
 ]
+Host = Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")]
+Port = Annotated[
+    int | None,
+    typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]", min=0, max=65535),
+]
+AllowRemote = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-remote",
+        help="Listen where other machines can connect although no API key is set: whoever "
+        "reaches the port may use and change everything.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Url = Annotated[
     str | None,
@@ -74,4 +88,6 @@ def settings(
     try:
         return load(path=config, overrides=values)
     except ConfigError as error:
-        raise Failure(str(error), "sllm config check", exit_status=2) from error
+        raise Failure(
+            str(error), "`sllm config example` explains every setting", exit_status=2
+        ) from error

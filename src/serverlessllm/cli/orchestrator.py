@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from serverlessllm.cli import options
-from serverlessllm.cli.serve import AllowRemote, Host, Port
+from serverlessllm.cli import server
 
 
-def orchestrator(
-    host: Host = None,
-    port: Port = None,
-    data_dir: options.DataDir = None,
-    config: options.Config = None,
-    overrides: options.Set = None,
-    allow_remote: AllowRemote = None,
-) -> None:
-    """Serve OpenAI clients; agents are other processes."""
-    from serverlessllm.cli import server
+def _main() -> server.Main:
+    from serverlessllm.bootstrap import serve_orchestrator
 
-    loaded = server.settings(host, port, data_dir, config, overrides, allow_remote)
-    from serverlessllm import bootstrap
+    return serve_orchestrator
 
-    server.run(loaded, bootstrap.serve_orchestrator)
+
+orchestrator = server.front_door(_main, "Serve OpenAI clients; agents are other processes.")

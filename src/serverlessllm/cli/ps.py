@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 def ps(url: options.Url = None, json: options.Json = False) -> None:
     """List what lies and runs where, agent by agent."""
     from serverlessllm.cli.client import connect
+    from serverlessllm.cli.ls import tier_name
     from serverlessllm.cli.output import print_json, print_table
     from serverlessllm.orchestrator.rest.wire import AgentList
 
@@ -26,7 +27,7 @@ def ps(url: options.Url = None, json: options.Json = False) -> None:
             (
                 model.model,
                 agent.agent,
-                model.cache_level.tier,
+                tier_name(model),
                 model.state.value if model.state else "-",
                 str(model.queue_len),
                 _expires(model),

@@ -26,6 +26,12 @@ def pull(
     """Fetch a model, convert it and publish it in the store."""
     from serverlessllm.cli.client import connect
 
+    if source is not None and "://" not in source:
+        from pathlib import Path
+
+        path = Path(source).resolve()
+        hint = f"did you mean {path.as_uri()}?" if path.exists() else "file:///… for a path"
+        raise Failure(f"--source {source}: not a URL", hint, exit_status=2)
     pull_model(connect(url), model, source, backend, json=json)
 
 
@@ -46,7 +52,7 @@ def pull_model(
             else:
                 bar(last.stage.value, last.bytes_done, last.bytes_total)
     if last is not None and last.error is not None:
-        raise Failure(last.error.message, "`sllm doctor` checks store and source")
+        raise Failure(last.error.message, "`sllm doctor` checks the store")
     if last is None or last.stage is not JobStage.DONE:
         raise Failure(f"{model}: the server ended the pull without an answer", "see its log")
     if not json:

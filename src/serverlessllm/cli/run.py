@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,16 +62,19 @@ def _prepare(client: Client, model: str) -> None:
 
 def _chat(client: Client, model: str, messages: list[Message], max_tokens: int) -> None:
     """Turn by turn until end of input; Ctrl-C while it answers stops that answer only."""
-    from rich.console import Console
+    with suppress(ImportError):  # an interpreter built without it: no history, no arrow keys
+        import readline  # noqa: F401 - its import gives them to `input`
 
-    console = Console()
-    console.print(f"[dim]{model}: /bye or Ctrl-D ends, Ctrl-C stops an answer[/dim]")
+    print(f"{model}: /bye or Ctrl-D ends, Ctrl-C stops an answer")
     while True:
         try:
-            text = console.input("[bold]>>> [/bold]").strip()
+            text = input(">>> ").strip()
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print("\n(/bye or Ctrl-D ends)")
+            continue
         if text in {"/bye", "/exit", "/quit"}:
             return
         if not text:

@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from serverlessllm.cli import options
-
-Host = Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")]
-Port = Annotated[
-    int | None,
-    typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]", min=0, max=65535),
-]
-AllowRemote = Annotated[
-    bool | None,
-    typer.Option(
-        "--allow-remote",
-        help="Listen where other machines can connect although no API key is set: whoever "
-        "reaches the port may use and change everything.",
-        show_default=False,
-    ),
-]
+from serverlessllm.cli import server
 
 
-def serve(
-    host: Host = None,
-    port: Port = None,
-    data_dir: options.DataDir = None,
-    config: options.Config = None,
-    overrides: options.Set = None,
-    allow_remote: AllowRemote = None,
-) -> None:
-    """Serve OpenAI clients: everything in one process."""
-    from serverlessllm.cli import server
+def _main() -> server.Main:
+    from serverlessllm.bootstrap import serve
 
-    loaded = server.settings(host, port, data_dir, config, overrides, allow_remote)
-    from serverlessllm import bootstrap
+    return serve
 
-    server.run(loaded, bootstrap.serve)
+
+serve = server.front_door(_main, "Serve OpenAI clients: everything in one process.")

@@ -18,7 +18,76 @@ if TYPE_CHECKING:
     Main = Callable[[Loaded, Stop, OnReady], Awaitable[None]]
 
 
-def settings(
+def front_door(find_main: Callable[[], Main], text: str) -> Callable[..., None]:
+    """A verb that listens for clients; `find_main` imports what it runs, `text` is its help."""
+
+    def verb(
+        host: options.Host = None,
+        port: options.Port = None,
+        data_dir: options.DataDir = None,
+        config: options.Config = None,
+        overrides: options.Set = None,
+        allow_remote: options.AllowRemote = None,
+    ) -> None:
+        loaded = _settings(host, port, data_dir, config, overrides, allow_remote)
+        run(loaded, find_main(), free_port="--port 0")
+
+    verb.__doc__ = text
+    return verb
+
+
+def run(loaded: Loaded, main: Main, *, free_port: str) -> None:
+    """Serve until a signal; what keeps it from starting is a failure with its cure.
+
+    `free_port` is how this verb is told to take any port.
+    """
+    from serverlessllm.cli import signals
+    from serverlessllm.core.errors import Conflict, SLLMError
+
+    def announce(address: Address) -> None:
+        print(f"ready on {address} (stop: Ctrl-C)", flush=True)
+
+    try:
+        signals.run(lambda stop: main(loaded, stop, announce))
+    except OSError as error:
+        raise Failure(_what(error), _cure(error, free_port)) from error
+    except Conflict as error:
+        raise Failure(
+            error.message, "stop that one; or name this one by --set agent.id=NAME"
+        ) from error
+    except SLLMError as error:
+        raise Failure(error.message, "`sllm doctor` looks at what this machine lacks") from error
+    except ValueError as error:
+        raise Failure(str(error), exit_status=2) from error
+
+
+def _what(error: OSError) -> str:
+    """The error in words, with the path it is about, without its number."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _cure(error: OSError, free_port: str) -> str:
+    import errno
+    import socket
+
+    if isinstance(error, socket.gaierror):
+        return "listen on an address of this machine, such as 127.0.0.1"
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"another server listens there: stop it, or take a free port with {free_port}"
+        case errno.EADDRNOTAVAIL:
+            return "listen on an address of this machine, such as 127.0.0.1"
+        case errno.EACCES | errno.EPERM:
+            return "use a port over 1023 and a --data-dir of yours"
+        case errno.ENOENT | errno.EEXIST | errno.ENOTDIR | errno.EROFS:
+            return "name a directory that can be made or is yours: --data-dir, SLLM_DATA_DIR"
+        case errno.ENOSPC | errno.EDQUOT:
+            return "free space, or put --data-dir on another disk"
+    return ""
+
+
+def _settings(
     host: str | None,
     port: int | None,
     data_dir: str | None,
@@ -46,30 +115,3 @@ def settings(
         orchestrator__allow_public_without_key=allow_remote or None,
         orchestrator__listen=listen,
     )
-
-
-def run(loaded: Loaded, main: Main) -> None:
-    """Serve until a signal; what keeps it from starting is a failure with its cure."""
-    import errno
-
-    from serverlessllm.cli import signals
-    from serverlessllm.core.errors import SLLMError
-
-    def announce(address: Address) -> None:
-        print(f"ready on {address} (stop: Ctrl-C)", flush=True)
-
-    try:
-        signals.run(lambda stop: main(loaded, stop, announce))
-    except OSError as error:
-        cure = ""
-        if error.errno == errno.EADDRINUSE:
-            cure = "another server listens there: stop it, or take a free port with --port 0"
-        elif error.errno in {errno.EACCES, errno.EPERM}:
-            cure = "use a port over 1023 and a --data-dir of yours"
-        elif error.errno == errno.ENOSPC:
-            cure = "free space, or put --data-dir on another disk"
-        raise Failure(str(error), cure) from error
-    except SLLMError as error:
-        raise Failure(error.message, "sllm doctor") from error
-    except ValueError as error:
-        raise Failure(str(error), exit_status=2) from error

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from serverlessllm.cli import options
+
+if TYPE_CHECKING:
+    from serverlessllm.core.cluster import JobRecord
 
 
 def show(model: options.Model, url: options.Url = None, json: options.Json = False) -> None:
     """Show everything about one model."""
     from serverlessllm.cli.client import connect, model_path
+    from serverlessllm.cli.ls import tier_name
     from serverlessllm.cli.output import print_json, print_table
     from serverlessllm.cli.waterfall import hop_rows
     from serverlessllm.core.units import format_duration, format_size
@@ -29,10 +35,12 @@ def show(model: options.Model, url: options.Url = None, json: options.Json = Fal
         "keep alive": kept,
         "replicas": f"{spec.min_replicas} to {spec.max_replicas}",
         "pinned": "yes" if spec.pinned else "",
-        "checkpoint": checkpoint.id if checkpoint else "not in the store yet",
+        "command": " ".join(spec.command),
+        "options": ", ".join(f"{name}={value}" for name, value in spec.options.items()),
+        "checkpoint": checkpoint.id if checkpoint else "not in the store" if spec.source else "",
         "size": format_size(checkpoint.size_bytes) if checkpoint else "",
         "stored at": checkpoint.prefix if checkpoint else "",
-        "ingest": f"{view.job.stage.value}" if view.job else "",
+        "ingest": _ingest(view.job) if view.job else "",
     }
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -45,7 +53,7 @@ def show(model: options.Model, url: options.Url = None, json: options.Json = Fal
             (
                 (
                     place.agent + (" (suspect)" if place.suspect else ""),
-                    place.on_agent.cache_level.tier,
+                    tier_name(place.on_agent),
                     place.on_agent.state.value if place.on_agent.state else "-",
                     str(place.on_agent.queue_len),
                     str(place.on_agent.instances),
@@ -59,4 +67,9 @@ def show(model: options.Model, url: options.Url = None, json: options.Json = Fal
             f"\nlast load: {format_duration(last.total_s)} on {last.agent} "
             f"(expected {format_duration(last.predicted_s)})"
         )
-        print_table(("hop", "#ms", "#bytes", "#rate", "#of limit"), hop_rows(last.hops))
+        if last.hops:
+            print_table(("hop", "#ms", "#bytes", "#rate", "#of limit"), hop_rows(last.hops))
+
+
+def _ingest(job: JobRecord) -> str:
+    return job.stage.value if job.error is None else f"{job.stage.value}: {job.error.message}"

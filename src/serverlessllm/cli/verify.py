@@ -22,6 +22,8 @@ def verify(
     from serverlessllm.core.units import format_size
 
     found = open_local(checkpoint, data_dir, config)
+    if not found.bin_path.exists():
+        raise Failure(f"{found.bin_path}: no such file", "pull or convert the model again")
     started_s = time.monotonic()
     try:
         verify_bin(found.bin_path, found.contents)

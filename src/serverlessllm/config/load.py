@@ -190,7 +190,7 @@ def _read_environment(
             continue
         near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.75)
         if near or "__" in name:
-            hint = f"; did you mean {near[0]}?" if near else "; `sllm config check` lists them"
+            hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"environment: {name} is not a setting{hint}")
     return found
 
@@ -201,7 +201,7 @@ def _refuse(key: str, origin: str, known: Mapping[str, schema.Field]) -> schema.
         by_name = {known_key.rpartition(".")[2]: known_key for known_key in known}
         names = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.6)
         near = [by_name[name] for name in names]
-    hint = f"; did you mean {near[0]!r}?" if near else "; `sllm config check` lists them all"
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"{origin}: {key!r} is not a setting{hint}")
 
 

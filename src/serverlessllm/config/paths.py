@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import blake3
 import msgspec
 
 from serverlessllm.config.settings import Settings
+
+_TRIES_MAX = 100
+"""To be in a runtime directory before the last one out removes it."""
 
 
 class Paths(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +69,52 @@ def derive(settings: Settings, environ: Mapping[str, str]) -> Paths:
     runtime_home = Path(environ.get("XDG_RUNTIME_DIR") or "/tmp")  # noqa: S108 - made 0700 below
     runtime = settings.runtime_dir or runtime_home / name
     return Paths(data_dir=data_dir, runtime_dir=Path(runtime).expanduser().absolute())
+
+
+@contextlib.contextmanager
+def runtime_dir(directory: Path) -> Iterator[None]:
+    """The directory of sockets while this process needs it; the last one out removes it.
+
+    Raises:
+        PermissionError: it is not ours alone.
+    """
+    held = _hold(directory)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(BlockingIOError):  # others are in it
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _sweep(directory)
+        os.close(held)
+
+
+def _hold(directory: Path) -> int:
+    """A descriptor of the directory with a shared lock, the sign of whoever is in it."""
+    for tries_left in reversed(range(_TRIES_MAX)):
+        try:
+            make_private(directory)
+            held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, FileExistsError):
+            if not tries_left:
+                raise
+            continue  # the last one out removed it just now
+        fcntl.flock(held, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(held), directory.stat()):
+                return held
+        os.close(held)
+    raise FileNotFoundError(errno.ENOENT, "removed again and again", str(directory))
+
+
+def _sweep(directory: Path) -> None:
+    """Remove locks and sockets, which mean nothing now. Records of processes that a killed agent
+    left stay: its next start ends those."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for path in (Path(folder, name) for name in names):
+            if path.is_socket() or path.stat().st_size == 0:
+                path.unlink()
+        with contextlib.suppress(OSError):
+            Path(folder).rmdir()
 
 
 def make_private(directory: Path) -> None:

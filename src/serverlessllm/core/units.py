@@ -44,6 +44,11 @@ def format_size(size_bytes: float) -> str:
     return f"{size:.1f} TiB"
 
 
+def format_count(number: int, noun: str) -> str:
+    """`1 model`, `2 models`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def parse_duration_s(value: str | float) -> float:
     """`300`, `"5m"`, `"1h30m"`, `0`, `-1` (forever) → seconds.
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from serverlessllm.core.ids import Address
+
+_SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 
 
 class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,3 +82,11 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """After SIGTERM: how long new requests are still taken, for the balancer to notice."""
     drain_finish_s: float = 120.0
     """After SIGTERM: how long running answers may take to finish."""
+
+    def __post_init__(self) -> None:
+        if not all(_SHA256.fullmatch(digest) for digest in self.api_key_sha256):
+            # Never shown: it may be the key itself.
+            raise ValueError(
+                "api_key_sha256: each is the SHA-256 of a key, 64 hex digits "
+                "(printf %s KEY | sha256sum)"
+            )

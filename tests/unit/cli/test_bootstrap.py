@@ -12,7 +12,7 @@ import pytest
 from serverlessllm import bootstrap
 from serverlessllm.config.load import Loaded, load
 from serverlessllm.core.clock import SystemClock
-from serverlessllm.core.errors import MetadataUnavailable
+from serverlessllm.core.errors import MetadataUnavailable, SLLMError
 from serverlessllm.core.ids import CheckpointId, ModelId
 from serverlessllm.core.models import CheckpointRef, ModelRecord, ModelSpec
 from serverlessllm.metadata.open import open_metadata
@@ -105,7 +105,7 @@ async def test_the_probes_of_doctor_count(loaded):
     await Registry(metadata).put_model(ModelRecord(spec=ModelSpec(model=ModelId("m"))))
     await metadata.close()
     assert "0 checkpoints" in await bootstrap.probe_store(loaded)
-    assert "1 models, 0 agents" in await bootstrap.probe_metadata(loaded)
+    assert "1 model, 0 agents" in await bootstrap.probe_metadata(loaded)
 
 
 async def test_a_damaged_database_is_said(loaded):
@@ -113,3 +113,22 @@ async def test_a_damaged_database_is_said(loaded):
     loaded.paths.metadata_file.write_bytes(b"no database at all" * 1000)
     with pytest.raises(MetadataUnavailable):
         await bootstrap.probe_metadata(loaded)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("orchestrator.listen", "nowhere", "write host:port"),
+        ("orchestrator.listen", "0.0.0.0:80", "--allow-remote"),
+        ("agent.listen", "nowhere", "write host:port"),
+        ("agent.id", "a b", "agent id"),
+        ("metadata_url", "redis://x", "only sqlite"),
+        ("store_url", "ftp://x", "use one of file://"),
+    ],
+)
+def test_a_check_refuses_what_a_start_would(loaded, tmp_path, key, value, said):
+    bootstrap.check(loaded)
+    overrides = {"data_dir": str(tmp_path / "data"), key: value}
+    with pytest.raises((ValueError, SLLMError), match=said):
+        bootstrap.check(load(environ={}, cwd=tmp_path, overrides=overrides))
+    assert not loaded.paths.data_dir.exists()

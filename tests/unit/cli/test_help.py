@@ -78,15 +78,19 @@ def test_version():
         (("ls", "--url", "http://127.0.0.1:9"), "no server answers at", "sllm serve"),
         (("ls", "--url", "ftp://x"), "write http://host:port", ""),
         (("ls", "--url", "http://127.0.0.1:99999"), "write http://host:port", ""),
-        (("serve", "--config", "/none.toml"), "no such configuration file", "sllm config check"),
+        (("serve", "--config", "/none.toml"), "no such configuration file", "sllm config example"),
         (("serve", "--set", "nonsense"), "write KEY=VALUE", ""),
-        (("serve", "--set", "loader.x=1"), "is not a setting", "sllm config check"),
+        (("serve", "--set", "loader.x=1"), "is not a setting", "sllm config example"),
+        (("config", "check", "--set", "orchestrator.listen=x"), "host:port", "sllm config example"),
+        (("serve", "--port", "0", "--data-dir", "/proc/none"), "/proc/none: ", "--data-dir"),
         (("serve", "--host", "0.0.0.0", "--port", "0"), "--allow-remote", ""),
         (("agent", "--id", "a b"), "agent id", ""),
-        (("inspect", "/none/at/all"), "no such folder or file", "sllm ls"),
-        (("inspect", "unknown-model"), "no such model in the local store", "sllm pull"),
+        (("inspect", "/none/at/all"), "no such folder or file", "--data-dir"),
+        (("inspect", "unknown-model"), "no such model in the store of /", "sllm pull"),
         (("verify", "/"), "no checkpoint", "sllm convert"),
         (("convert", "/none.gguf", "/tmp/out"), "no such file or folder", ""),
+        (("pull", "m", "--source", "/etc/passwd"), "not a URL", "did you mean file:///etc/passwd?"),
+        (("pull", "m", "--source", "none"), "not a URL", "file:///"),
         (("unload", "m", "--to", "moon"), "write one of dram, nvme, store", ""),
         (("rm", "m", "--url", "http://127.0.0.1:9"), "nobody is here to confirm", "--yes"),
         (("run", "m", "--url", "http://127.0.0.1:9"), "standard input is empty", ""),
@@ -100,6 +104,14 @@ def test_a_failure_is_one_line_and_its_cure(tmp_path, arguments, said, cure):
     assert done.stderr.startswith("error: ")
     assert said in done.stderr
     assert cure in done.stderr
+
+
+def test_a_conversion_that_fails_leaves_no_folder(tmp_path):
+    (tmp_path / "text.gguf").write_text("not weights")
+    done = sllm("convert", str(tmp_path / "text.gguf"), str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "not a GGUF file" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_config_check_shows_values_and_who_set_them(tmp_path):

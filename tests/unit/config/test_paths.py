@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from serverlessllm.config.paths import cluster_token, derive, make_private
+from serverlessllm.config.paths import cluster_token, derive, make_private, runtime_dir
 from serverlessllm.config.settings import Settings
 
 
@@ -35,6 +36,43 @@ def test_a_private_directory_is_made_and_kept_private(tmp_path):
     directory.chmod(0o755)
     make_private(directory)
     assert directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_last_one_out_removes_the_sockets(tmp_path):
+    directory = tmp_path / "run"
+    with runtime_dir(directory):
+        with runtime_dir(directory):
+            (directory / "a-1").mkdir()
+            (directory / "a-1" / "lock").touch()
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(directory / "a-1" / "agent.sock"))
+        assert (directory / "a-1" / "lock").exists()
+    assert not directory.exists()
+
+
+def test_records_of_a_killed_agents_processes_outlive_the_last_one_out(tmp_path):
+    directory = tmp_path / "run"
+    with runtime_dir(directory):
+        (directory / "a-1").mkdir()
+        (directory / "a-1" / "lock").touch()
+        (directory / "a-1" / "process").write_text("1234 5678")
+    assert [path.name for path in (directory / "a-1").iterdir()] == ["process"]
+
+
+def test_many_come_and_go_at_once(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from serverlessllm.config.paths import runtime_dir\n"
+        "directory = Path(sys.argv[1])\n"
+        "for _ in range(200):\n"
+        "    with runtime_dir(directory):\n"
+        "        (directory / sys.argv[2]).mkdir(); (directory / sys.argv[2]).rmdir()\n"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), str(number)])
+        for number in range(3)
+    ]
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_link_or_a_stranger_is_refused(tmp_path):
