@@ -100,8 +100,14 @@ class BackendProcess:
             raise LoadFailed(
                 f"the backend's command {plan.command[0]!r} cannot be started: {error.strerror}"
             ) from error
-        record_process(run_dir, self.pid)
-        self._pidfd = os.pidfd_open(self.pid)
+        try:
+            record_process(run_dir, self.pid)
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError as error:  # a full disk, too many open files: it must not run unwatched
+            os.killpg(self.pid, signal.SIGKILL)
+            self._popen.wait()
+            self._close()
+            raise LoadFailed(f"the backend cannot be watched over: {error.strerror}") from error
         loop.add_reader(self._pidfd, self._reap)
 
     @property
@@ -161,16 +167,16 @@ class BackendProcess:
         if shutil.which(self._plan.command[0], path=environment["PATH"]) is None:
             # The guard would find out too, but only its log would tell.
             raise FileNotFoundError(errno.ENOENT, "no such program on the agent's PATH")
-        output, output_end = os.pipe()
-        inherited = []
-        if self._plan.tells_ready:
-            self._ready_pipe, ready_end = os.pipe()
-            inherited.append(ready_end)
-            environment[READY_FD] = str(ready_end)
-            asyncio.get_running_loop().add_reader(self._ready_pipe, self._heard)
-        self._log.drain(output)
         guard = _GUARD if shutil.which(_GUARD[0]) else ()
+        output, output_end = os.pipe()
+        self._log.drain(output)
+        inherited = []
         try:
+            if self._plan.tells_ready:
+                self._ready_pipe, ready_end = os.pipe()
+                inherited.append(ready_end)
+                environment[READY_FD] = str(ready_end)
+                asyncio.get_running_loop().add_reader(self._ready_pipe, self._heard)
             # In the loop's own thread: the signal at the parent's death is for the death of the
             # thread that started the child.
             return subprocess.Popen(
