@@ -29,6 +29,7 @@ class Catalog:
         self._models: dict[ModelId, CheckpointRef] = {}
         self._registered: set[ModelId] = set()
         self._pinned: set[CheckpointId] = set()
+        self._registered_pinned: set[CheckpointId] = set()
 
     async def run(self) -> None:
         """Read the registered models now and then, until cancelled."""
@@ -53,14 +54,22 @@ class Catalog:
         kept = {name: ref for name, ref in self._models.items() if name not in deleted}
         self._models = kept | registered
         self._registered = set(registered)
-        for record in records:
-            await self._pin(record.spec, record.checkpoint)
+        pinned = {
+            record.checkpoint.id for record in records if record.spec.pinned and record.checkpoint
+        }
+        unwanted, self._registered_pinned = self._registered_pinned - pinned, pinned
+        for checkpoint in unwanted:
+            self._pinned.discard(checkpoint)
+            await self._loader.unpin(checkpoint)
+        for checkpoint in pinned:
+            await self._pin(checkpoint)
 
     async def learn(self, spec: ModelSpec, checkpoint: CheckpointRef | None) -> None:
         """A load was asked for."""
         if checkpoint is not None:
             self._models[spec.model] = checkpoint
-            await self._pin(spec, checkpoint)
+            if spec.pinned:
+                await self._pin(checkpoint.id)
 
     def checkpoint(self, model: ModelId) -> CheckpointRef | None:
         """The model's checkpoint, if it is known here."""
@@ -79,11 +88,10 @@ class Catalog:
                 seen.add(ref.id)
                 yield ref
 
-    def level(self, checkpoint: CheckpointId | None) -> CacheLevel:
-        """The nearest tier of this node that has it, engines aside."""
-        if checkpoint is None:
-            return CacheLevel.STORE
-        return self._loader.residency().get(checkpoint, CacheLevel.STORE)
+    def levels(self) -> Mapping[CheckpointId, CacheLevel]:
+        """The nearest tier of this node that has each checkpoint, engines aside: one look at the
+        directories, so ask once for many."""
+        return self._loader.residency()
 
     def dram(self) -> TierUsage:
         """How full the DRAM tier is."""
@@ -91,14 +99,10 @@ class Catalog:
 
     def pinned(self, checkpoint: CheckpointId) -> bool:
         """Whether it stays in DRAM with or without an instance."""
-        return checkpoint in self._pinned and self.level(checkpoint) <= CacheLevel.DRAM
+        return checkpoint in self._pinned and self.levels().get(checkpoint) is CacheLevel.DRAM
 
-    async def _pin(self, spec: ModelSpec, checkpoint: CheckpointRef | None) -> None:
-        if checkpoint is None or spec.pinned == (checkpoint.id in self._pinned):
-            return
-        if spec.pinned:
-            self._pinned.add(checkpoint.id)
-            await self._loader.pin(checkpoint.id)
-        else:
-            self._pinned.discard(checkpoint.id)
-            await self._loader.unpin(checkpoint.id)
+    async def _pin(self, checkpoint: CheckpointId) -> None:
+        """Until no registered model wants it pinned any more."""
+        if checkpoint not in self._pinned:
+            self._pinned.add(checkpoint)
+            await self._loader.pin(checkpoint)

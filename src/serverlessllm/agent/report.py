@@ -25,12 +25,13 @@ _ORDER = (
 def models_here(instances: Instances, catalog: Catalog) -> tuple[ModelOnAgent, ...]:
     """Every model that has bytes, instances or a history on this node, by name."""
     known = {model: (slots, start_s) for model, slots, start_s in instances.known()}
+    levels = catalog.levels()
     rows: list[ModelOnAgent] = []
     for model in sorted({*known, *catalog.models()}):
         slots, start_s = known.get(model, (None, None))
         here = instances.of(model)
         checkpoint = _checkpoint(model, here, catalog)
-        level = catalog.level(checkpoint)
+        level = CacheLevel.STORE if checkpoint is None else levels.get(checkpoint, CacheLevel.STORE)
         ready = [instance for instance in here if instance.usable]
         if level is CacheLevel.STORE and not here and start_s is None:
             continue

@@ -309,3 +309,43 @@ async def test_a_pinned_model_stays_in_dram(machine: Machine, tiny: CheckpointRe
         assert row is not None
         assert row.cache_level is CacheLevel.DRAM
         assert moved(await agent.load(SPEC, tiny)) == {}
+
+
+async def test_the_bytes_of_a_pinned_model_are_free_once_it_is_deleted(
+    machine: Machine, tiny: CheckpointRef
+) -> None:
+    registry = Registry(machine.metadata)
+    pinned = msgspec.structs.replace(SPEC, pinned=True)
+    await registry.put_model(ModelRecord(spec=pinned, checkpoint=tiny))
+    async with machine.agent(catalog_interval_s=0.02) as agent:
+        await agent.load(pinned, tiny)
+        loader = agent.agent._loader
+        await agent.unload("tiny", CacheLevel.STORE)
+        assert loader.residency() == {tiny.id: CacheLevel.DRAM}
+        await registry.delete_model(SPEC.model)
+        async with asyncio.timeout(5):
+            while await loader.evict(tiny.id, CacheLevel.STORE) == 0:
+                await asyncio.sleep(0.01)
+        assert loader.residency() == {}
+
+
+async def test_a_record_takes_one_look_at_the_tiers_however_many_models_there_are(
+    machine: Machine, tiny: CheckpointRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(machine.metadata)
+    for number in range(20):
+        spec = msgspec.structs.replace(SPEC, model=ModelId(f"m{number}"))
+        await registry.put_model(ModelRecord(spec=spec, checkpoint=tiny))
+    async with machine.agent() as agent:
+        await agent.load(SPEC, tiny)
+        looks = 0
+        residency = agent.agent._loader.residency
+
+        def look() -> object:
+            nonlocal looks
+            looks += 1
+            return residency()
+
+        monkeypatch.setattr(agent.agent._loader, "residency", look)
+        assert len(agent.agent.record().models) == 21
+        assert looks == 1
