@@ -107,7 +107,7 @@ class AgentApi:
 
     def _check_serving(self) -> None:
         if self.refusal is not None:
-            raise self.refusal
+            raise self.refusal.with_traceback(None)
 
     async def _load(self, request: Request) -> None:
         self._check_serving()

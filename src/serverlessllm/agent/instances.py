@@ -215,7 +215,7 @@ class Instances:
     def _check(self, name: ModelId, model: _Model, now_s: float) -> None:
         """Raise why the model must not be started now."""
         if self._refusal is not None:
-            raise self._refusal
+            raise self._refusal.with_traceback(None)  # or it would keep every request's frames
         looping_s = model.crashes.looping_until_s(
             now_s, self._settings.crash_window_s, self._settings.crashes_max
         )
@@ -226,7 +226,7 @@ class Instances:
                 retry_after_s=looping_s - now_s,
             )
         if model.failure is not None and now_s < model.failed_s + self._settings.failure_cache_s:
-            raise model.failure
+            raise model.failure.with_traceback(None)
 
     async def _live(self, instance: Instance) -> None:
         """The instance's task: its life, and what its end means for the model."""

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import traceback
 from typing import Any, ClassVar
 
 import msgspec
@@ -97,6 +98,17 @@ class TestDeath:
             kill(agent)
             for status, answer, _ in await asyncio.gather(*asking):
                 assert (status, answer["error"]["code"]) == (503, "model_not_ready")
+
+    async def test_a_remembered_failure_keeps_nothing_of_who_is_told(
+        self, machine: Machine
+    ) -> None:
+        async with machine.agent(failure_cache_s=60.0, restart_s_min=0.0) as agent:
+            for _ in range(10):
+                failed = await agent.load(fake_spec(fail_start=True))
+                assert failed.error is not None
+            failure = agent.agent._instances._models[MODEL].failure
+            assert failure is not None
+            assert len(traceback.extract_tb(failure.__traceback__)) < 10
 
     async def test_five_in_a_minute_are_a_crash_loop(self, machine: Machine) -> None:
         clock = VirtualClock()
