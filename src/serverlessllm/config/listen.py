@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
-
-from serverlessllm.core.ids import Address
+from serverlessllm.core.ids import Address, is_loopback
 
 _PORT_MAX = 65535
 
@@ -30,13 +28,3 @@ def parse_listen(text: str, *, allow_remote: bool = False) -> Address:
             "--allow-remote"
         )
     return Address(f"http://{f'[{bare}]' if ':' in bare else bare}:{int(port)}")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

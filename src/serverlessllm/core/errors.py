@@ -77,7 +77,7 @@ class Unauthorized(ClientError):
 
 
 class Forbidden(ClientError):
-    """Whoever asks may not: a web page of another origin, or a name we do not serve under."""
+    """Whoever asks may not: a foreign web page, a name we do not serve under, a command."""
 
     status = 403
     type = "permission_error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import NewType
 
@@ -60,3 +61,13 @@ def parse_agent_id(text: str) -> AgentId:
     if _AGENT.fullmatch(text) is None:
         raise ValueError(f"agent id {text!r}: use 1-63 letters, digits, '-' or '_'")
     return AgentId(text)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host` (a name or an IP address without a port)."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -21,7 +21,7 @@ from serverlessllm.orchestrator.feed import Feed
 from serverlessllm.orchestrator.loads import Loads
 from serverlessllm.orchestrator.operations import Operations
 from serverlessllm.orchestrator.replicas import keep_replicas
-from serverlessllm.orchestrator.rest.guard import Guard, is_loopback
+from serverlessllm.orchestrator.rest.guard import Guard, is_local
 from serverlessllm.orchestrator.rest.inference import Inference
 from serverlessllm.orchestrator.rest.internal import InternalServer
 from serverlessllm.orchestrator.rest.management import Management
@@ -32,6 +32,7 @@ from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.view import ClusterView
 from serverlessllm.orchestrator.vigil import Vigil
 from serverlessllm.scheduler.settings import SchedulerSettings
+from serverlessllm.telemetry.guard import keep_running
 from serverlessllm.telemetry.logs import log
 from serverlessllm.telemetry.table import AGENTS, REQUESTS_RUNNING, REQUESTS_WAITING
 
@@ -179,23 +180,15 @@ class Orchestrator:
         await self._upstreams.close()
 
     def _run(self, name: str, main: Callable[[], Awaitable[None]]) -> None:
-        self._background.append(asyncio.create_task(self._guarded(name, main), name=name))
-
-    async def _guarded(self, name: str, main: Callable[[], Awaitable[None]]) -> None:
-        """A background task never ends of itself: if a bug ends it, it starts again."""
-        while True:
-            try:
-                await main()
-            except Exception:  # noqa: BLE001 - boundary of a task
-                _log.error("background task ended by a bug", exc_info=True, task=name)
-            await self._clock.sleep(_RESTART_S)
+        kept = keep_running(name, main, log=_log, clock=self._clock, restart_s=_RESTART_S)
+        self._background.append(asyncio.create_task(kept, name=name))
 
     async def _keep_replicas(self) -> None:
         await keep_replicas(self.view, self._router, self._room, self._settings, self._clock)
 
     def _check_public(self, listen: Address) -> None:
         settings = self._settings
-        if listen.startswith("unix:") or is_loopback(listen) or settings.api_key_sha256:
+        if is_local(listen) or settings.api_key_sha256:
             return
         if not settings.allow_public_without_key:
             raise ValueError(

@@ -20,6 +20,9 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Hex SHA-256 of each accepted API key; empty: no key is asked for."""
     allow_public_without_key: bool = False
     """Serve an address that other machines reach although there is no API key."""
+    accept_commands: bool | None = None
+    """Whether a model made over HTTP may name a `command`, which agents then run. auto: only while
+    nobody but this machine reaches `listen`."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that a `Host` header may carry beside IP addresses and `localhost`."""
     on_demand_sources: tuple[str, ...] = ("hf",)

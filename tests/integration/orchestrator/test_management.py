@@ -11,6 +11,7 @@ from serverlessllm import __version__
 from serverlessllm.core.agentapi import LoadEvent
 from serverlessllm.core.cluster import CacheLevel, JobRecord, JobStage
 from serverlessllm.core.errors import LoadFailed, ModelNotFound, NoCapacity, SourceUnavailable
+from serverlessllm.core.ids import Address
 from serverlessllm.orchestrator.rest import wire
 
 
@@ -75,6 +76,24 @@ async def test_what_may_not_be_registered_is_refused_by_field(cluster, body, par
     assert answer.code
     assert answer.json()["error"]["param"] == param
     assert await c.registry.list_models() == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "status"),
+    [
+        ({}, 201),
+        ({"accept_commands": False}, 403),
+        ({"listen": Address("http://0.0.0.0:8000"), "allow_public_without_key": True}, 403),
+        ({"listen": Address("http://0.0.0.0:8000"), "accept_commands": True}, 201),
+    ],
+)
+async def test_a_command_is_taken_from_this_machine_alone(cluster, settings, status):
+    c = await cluster(agents=0, **settings)
+    answer = await c.ask("/api/models", {"model": "m", "command": ["serve", "${socket}"]})
+    assert answer.status == status
+    if status == 403:
+        assert answer.code == "forbidden"
+        assert (await c.ask("/api/models/m")).status == 404
 
 
 async def test_listings_come_in_pages(cluster):

@@ -28,7 +28,7 @@ from serverlessllm.orchestrator.rest.bodies import (
     read_limit,
     read_spec,
 )
-from serverlessllm.orchestrator.rest.guard import Guard, is_loopback
+from serverlessllm.orchestrator.rest.guard import Guard, is_local
 from serverlessllm.orchestrator.rest.loading import StillLoading, wait_budget_s
 from serverlessllm.orchestrator.rest.routes import render
 from serverlessllm.orchestrator.settings import OrchestratorSettings
@@ -109,9 +109,9 @@ def test_loopback_is_known_in_every_spelling():
         "http://[::1]:1",
         "http://127.1.2.3:1",
     ):
-        assert is_loopback(Address(listen))
+        assert is_local(Address(listen))
     for listen in ("http://0.0.0.0:1", "http://10.0.0.1:1", "http://host:1", "http://[::]:1"):
-        assert not is_loopback(Address(listen))
+        assert not is_local(Address(listen))
 
 
 @given(st.binary(max_size=200))

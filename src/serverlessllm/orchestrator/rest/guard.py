@@ -11,7 +11,7 @@ import hmac
 import ipaddress
 
 from serverlessllm.core.errors import Forbidden, Unauthorized
-from serverlessllm.core.ids import Address
+from serverlessllm.core.ids import Address, is_loopback
 from serverlessllm.edge.server import Request
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 
@@ -27,7 +27,7 @@ class Guard:
         self._keys = tuple(digest.lower().encode() for digest in settings.api_key_sha256)
         self._names = frozenset(name.lower() for name in settings.allowed_hosts)
         # Only a loopback address is protected by nothing but being hard to reach.
-        self._check_host = is_loopback(listen)
+        self._check_host = listen.startswith("http://") and is_local(listen)
         self._good_hosts: set[str] = set()
 
     def check(self, request: Request) -> None:
@@ -81,9 +81,8 @@ def _is_ip(name: str) -> bool:
     return True
 
 
-def is_loopback(listen: Address) -> bool:
-    """Whether only this machine reaches an `http://` address."""
+def is_local(listen: Address) -> bool:
+    """Whether only this machine reaches the address."""
     if not listen.startswith("http://"):
-        return False
-    name = _host_name(listen.removeprefix("http://").rstrip("/"))
-    return name == "localhost" or (_is_ip(name) and ipaddress.ip_address(name).is_loopback)
+        return listen.startswith("unix:")
+    return is_loopback(_host_name(listen.removeprefix("http://").rstrip("/")).strip("[]"))

@@ -15,6 +15,7 @@ from serverlessllm import __version__
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import (
+    Forbidden,
     MethodNotAllowed,
     ModelNotFound,
     RouteNotFound,
@@ -34,6 +35,7 @@ from serverlessllm.orchestrator.rest.bodies import (
     read_limit,
     read_spec,
 )
+from serverlessllm.orchestrator.rest.guard import is_local
 from serverlessllm.orchestrator.router import Router
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.view import AgentSeen, ClusterView
@@ -58,6 +60,11 @@ class Management:
         clock: Clock,
     ) -> None:
         self._settings = settings
+        self._accepts_commands = (
+            is_local(settings.listen)
+            if settings.accept_commands is None
+            else settings.accept_commands
+        )
         self._operations = operations
         self._view = view
         self._router = router
@@ -98,7 +105,14 @@ class Management:
         return _json(wire.ModelList(models=page, next_after=more))
 
     async def _create(self, request: Request) -> Response:
-        record = await self._operations.create(read_spec(await request.body()))
+        spec = read_spec(await request.body())
+        if spec.command and not self._accepts_commands:
+            raise Forbidden(
+                "command: agents would run it, and other machines reach this server; "
+                "orchestrator.accept_commands allows it",
+                param="command",
+            )
+        record = await self._operations.create(spec)
         return _json(self._model(record), status=201)
 
     async def _show(self, request: Request) -> Response:
