@@ -156,10 +156,11 @@ def _failure(status: int, body: bytes, client: Client) -> Failure:
             f"{client.url} answers with status {status}, and not as a ServerlessLLM server does",
             "look at --url and SLLM_URL",
         )
-    return Failure(error.message, _cure(error.code, error.message, client), code=error.code)
+    return Failure(error.message, cure(error.code, error.message, client), code=error.code)
 
 
-def _cure(code: str | None, message: str, client: Client) -> str:
+def cure(code: str | None, message: str, client: Client) -> str:
+    """What to do about an error of this code; empty where its message says all."""
     match code:
         case "model_not_found":
             asked = re.match(r"the model '([^']+)'", message)
@@ -167,14 +168,21 @@ def _cure(code: str | None, message: str, client: Client) -> str:
                 return "look at the name and at --source"
             near = _near(asked[1], client)
             return (f"did you mean {near}? " if near else "") + (
-                "`sllm ls` lists the models; `sllm pull NAME` adds one"
+                "`sllm ls` lists the models; `sllm pull NAME --source URL` adds one"
             )
         case "not_found":
             return f"is {client.url} a ServerlessLLM server? look at --url and SLLM_URL"
         case "invalid_api_key":
             return "set SLLM_API_KEY"
         case "no_capacity":
-            return "`sllm ps` shows what runs; `sllm unload MODEL` makes room"
+            return (
+                "`sllm ps` shows the agents and what runs; `sllm unload MODEL` makes room, "
+                "`sllm agent` adds one"
+            )
+        case "load_failed":
+            return "more is in the server's log, and in logs/AGENT/ of the data directory"
+        case "conflict":
+            return "`sllm rm NAME` makes room for another of that name"
         case "metadata_unavailable" | "store_unavailable" | "backend_crash_loop":
             return "`sllm doctor` tells what is wrong"
     return ""

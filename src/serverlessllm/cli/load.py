@@ -38,6 +38,7 @@ def load_model(
     client: Client, model: str, keep_alive: str | None = None, *, json: bool = False
 ) -> LoadEvent:
     """Load with a progress bar, or with a line of JSON per report; the last event."""
+    from serverlessllm.cli.client import cure
     from serverlessllm.cli.output import print_line, progress_bar
     from serverlessllm.core.agentapi import LoadEvent
     from serverlessllm.orchestrator.rest.wire import LoadModel
@@ -51,10 +52,8 @@ def load_model(
             else:
                 bar(_stage(event), event.bytes_done, event.bytes_total)
     if event is not None and event.error is not None:
-        raise Failure(
-            event.error.message,
-            "more is in the server's log, and in logs/AGENT/ of the data directory",
-        )
+        error = event.error
+        raise Failure(error.message, cure(error.code, error.message, client), code=error.code)
     if event is None or event.state != "ready":
         raise Failure(f"{model}: the server ended the load without an answer", "see its log")
     return event

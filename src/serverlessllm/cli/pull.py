@@ -24,7 +24,8 @@ def pull(
     json: options.Json = False,
 ) -> None:
     """Fetch a model, convert it and publish it in the store."""
-    from serverlessllm.cli.client import connect
+    from serverlessllm.cli.client import connect, model_path
+    from serverlessllm.orchestrator.rest.wire import ModelView
 
     if source is not None and "://" not in source:
         from pathlib import Path
@@ -32,7 +33,11 @@ def pull(
         path = Path(source).resolve()
         hint = f"did you mean {path.as_uri()}?" if path.exists() else "file:///… for a path"
         raise Failure(f"--source {source}: not a URL", hint, exit_status=2)
-    pull_model(connect(url), model, source, backend, json=json)
+    client = connect(url)
+    if source is None and "/" not in model:
+        # No name of the hub: only what is registered has a source of its own.
+        client.get(model_path("/api/models", model), ModelView)
+    pull_model(client, model, source, backend, json=json)
 
 
 def pull_model(
