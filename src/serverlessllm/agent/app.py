@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from blake3 import blake3
@@ -37,6 +37,7 @@ from serverlessllm.edge.upstream import Upstreams
 from serverlessllm.loader.service import Loader
 from serverlessllm.metadata.registry import Registry
 from serverlessllm.telemetry import log
+from serverlessllm.telemetry.guard import keep_running
 
 _log = log("agent")
 
@@ -133,9 +134,9 @@ class Agent:
             await self.close()
             raise
         self._instances.start()
-        self._spawn("heartbeat", self._heartbeat.run())
-        self._spawn("catalog", self._catalog.run())
-        self._spawn("watchdog", self._watchdog.run())
+        self._run("heartbeat", self._heartbeat.run)
+        self._run("catalog", self._catalog.run)
+        self._run("watchdog", self._watchdog.run)
         await self._heartbeat.tried.wait()
         self._api.ready = True
         _log.info("agent serves", agent=self._agent, address=self._address)
@@ -215,15 +216,7 @@ class Agent:
         if self._accepting:
             self._instances.refuse(error)
 
-    def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """A task for life: its end before `close` is a fault."""
-        self._tasks.append(
-            asyncio.get_running_loop().create_task(self._guard(name, work), name=f"agent-{name}")
-        )
-
-    async def _guard(self, name: str, work: Coroutine[None, None, None]) -> None:
-        try:
-            await work
-        except Exception:  # noqa: BLE001 - boundary of a task: the agent serves on, and says so
-            _log.error("a task of the agent ended", task=name, exc_info=True)
-            self._api.ready = False
+    def _run(self, name: str, main: Callable[[], Awaitable[None]]) -> None:
+        restart_s = self._settings.task_restart_s
+        kept = keep_running(name, main, out=_log, clock=self._clock, restart_s=restart_s)
+        self._tasks.append(asyncio.create_task(kept, name=f"agent-{name}"))

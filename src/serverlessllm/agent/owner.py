@@ -29,6 +29,7 @@ from serverlessllm.core.ids import CheckpointId, InstanceId, ModelId
 from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.core.units import format_size
 from serverlessllm.telemetry import log
+from serverlessllm.telemetry.guard import keep_running
 
 _log = log("agent")
 
@@ -75,7 +76,9 @@ class Owner:
 
     def start(self) -> None:
         """Begin to decide."""
-        self._task = asyncio.get_running_loop().create_task(self._own(), name="agent-owner")
+        restart_s = self._settings.task_restart_s
+        kept = keep_running("owner", self._own, out=_log, clock=self._clock, restart_s=restart_s)
+        self._task = asyncio.create_task(kept, name="agent-owner")
 
     async def close(self) -> None:
         """Decide no more."""

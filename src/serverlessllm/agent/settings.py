@@ -83,6 +83,8 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     reconnect_s_max: float = 5.0
     """Longest pause before the metadata store is tried again."""
 
+    task_restart_s: float = 1.0
+    """Pause before a background task that a bug has ended is started again."""
     drain_finish_s: float = 120.0
     """After SIGTERM: how long running answers may take to finish."""
     chunks_max: int = 4

@@ -180,7 +180,7 @@ class Orchestrator:
         await self._upstreams.close()
 
     def _run(self, name: str, main: Callable[[], Awaitable[None]]) -> None:
-        kept = keep_running(name, main, log=_log, clock=self._clock, restart_s=_RESTART_S)
+        kept = keep_running(name, main, out=_log, clock=self._clock, restart_s=_RESTART_S)
         self._background.append(asyncio.create_task(kept, name=name))
 
     async def _keep_replicas(self) -> None:

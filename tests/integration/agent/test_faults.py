@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from serverlessllm.agent.instance import Instance
+from serverlessllm.agent.owner import Owner
 from serverlessllm.backends.procfs import session_members
 from serverlessllm.core.agentapi import REFUSED_HEADER
 from serverlessllm.core.errors import Conflict
@@ -168,6 +169,23 @@ class TestHang:
             await agent.load(fake_spec())
             await clock.advance(60.0)
             assert (await agent.chat(MODEL))[0] == 200
+
+
+async def test_a_bug_of_the_one_who_decides_is_outlived(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decide = Owner._decide
+    bugs = [OSError("the tier's directory cannot be read")]
+
+    def once_wrong(owner: Owner) -> float | None:
+        if bugs:
+            raise bugs.pop()
+        return decide(owner)
+
+    monkeypatch.setattr(Owner, "_decide", once_wrong)
+    async with machine.agent(task_restart_s=0.05) as agent, asyncio.timeout(10):
+        assert (await agent.load(fake_spec())).state == "ready"
+    assert not bugs
 
 
 class TestCluster:
