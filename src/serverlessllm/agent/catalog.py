@@ -13,6 +13,9 @@ from serverlessllm.core.ids import CheckpointId, ModelId
 from serverlessllm.core.models import CheckpointRef, ModelRecord, ModelSpec
 from serverlessllm.loader.service import Loader
 from serverlessllm.metadata.registry import Registry
+from serverlessllm.telemetry import log
+
+_log = log("agent")
 
 
 class Catalog:
@@ -102,7 +105,13 @@ class Catalog:
         return checkpoint in self._pinned and self.levels().get(checkpoint) is CacheLevel.DRAM
 
     async def _pin(self, checkpoint: CheckpointId) -> None:
-        """Until no registered model wants it pinned any more."""
-        if checkpoint not in self._pinned:
-            self._pinned.add(checkpoint)
+        """Until no registered model wants it pinned any more. What a failing disk does not let
+        be pinned is tried again with the next reading."""
+        if checkpoint in self._pinned:
+            return
+        self._pinned.add(checkpoint)
+        try:
             await self._loader.pin(checkpoint)
+        except OSError as error:
+            self._pinned.discard(checkpoint)
+            _log.warning("checkpoint not pinned", checkpoint=checkpoint, error=repr(error))
