@@ -215,9 +215,11 @@ class Router:
                 for lease in tuple(lane.leases):
                     lease.lose()
 
-    def agents_held(self) -> set[AgentId]:
-        """The agents that have requests of ours."""
-        return {agent for (agent, _), lane in self._lanes.items() if lane.leases}
+    def agents_held(self) -> dict[AgentId, Address]:
+        """The agents that have requests of ours, and where those were sent."""
+        return {
+            lease.agent: lease.address for lane in self._lanes.values() for lease in lane.leases
+        }
 
     def _build(self, model: ModelId) -> _Table:
         """The model's table at the view's present version."""

@@ -1,7 +1,7 @@
 """Requests on an agent that stopped without a reset must not wait for ever.
 
-Silence has no event, so a timer looks for it. Heartbeats may be late because the metadata store
-is; therefore the agent itself is asked before it is given up.
+Silence has no event, so a timer looks for it. Heartbeats may be late, and a lease may run out,
+because the metadata store is away; therefore the agent itself is asked before it is given up.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import SLLMError
-from serverlessllm.core.ids import AgentId
+from serverlessllm.core.ids import Address, AgentId
 from serverlessllm.edge.upstream import Upstreams
 from serverlessllm.orchestrator.router import Router
 from serverlessllm.orchestrator.settings import OrchestratorSettings
@@ -50,29 +50,22 @@ class Vigil:
 
     async def look(self) -> None:
         """Once: take its requests from each agent that is silent in every way."""
-        held = self._router.agents_held()
         old_s = self._clock.now_s() - self._settings.agent_probe_after_s
-        silent = [
-            seen
-            for agent in held
-            if (seen := self._view.agents.get(agent)) is not None and seen.seen_s < old_s
-        ]
         async with asyncio.TaskGroup() as group:
-            for seen in silent:
-                group.create_task(self._probe(seen))
-        for agent in held - self._view.agents.keys():
-            # Its lease has run out while it had requests of ours.
-            self._lose(agent)
+            for agent, address in self._router.agents_held().items():
+                seen = self._view.agents.get(agent)
+                if seen is None or seen.seen_s < old_s:  # None: its lease has run out
+                    group.create_task(self._probe(agent, address, seen))
 
-    async def _probe(self, seen: AgentSeen) -> None:
+    async def _probe(self, agent: AgentId, address: Address, seen: AgentSeen | None) -> None:
         try:
             async with self._upstreams.send(
-                seen.address, "GET", "/livez", timeout_s=self._settings.agent_probe_s_max
+                address, "GET", "/livez", timeout_s=self._settings.agent_probe_s_max
             ):
                 return
         except SLLMError:
-            if self._view.agents.get(seen.agent) is seen:  # no heartbeat has come meanwhile
-                self._lose(seen.agent)
+            if self._view.agents.get(agent) is seen:  # no heartbeat has come meanwhile
+                self._lose(agent)
 
     def _lose(self, agent: AgentId) -> None:
         _log.warning("agent is silent, its requests go elsewhere", agent=agent)

@@ -51,11 +51,11 @@ async def test_a_lease_counts_while_it_is_held_whatever_ends_it(view, router, cl
     with router.lease("m") as lease:
         assert (lease.agent, lease.address) == ("a", "unix:/run/a.sock")
         assert router.in_flight == 1
-        assert router.agents_held() == {"a"}
+        assert router.agents_held() == {"a": "unix:/run/a.sock"}
     with pytest.raises(KeyError), router.lease("m"):
         raise KeyError
     assert router.in_flight == 0
-    assert router.agents_held() == set()
+    assert router.agents_held() == {}
 
 
 def test_equal_agents_take_turns(view, router, clock, make):

@@ -113,10 +113,31 @@ async def test_a_heartbeat_during_the_probe_saves_it(watch, settle):
     assert not watch.view.agents["a"].failed
 
 
-async def test_an_agent_whose_lease_ran_out_loses_them(watch):
+async def test_an_agent_whose_lease_ran_out_loses_them_if_it_does_not_answer(watch):
     watch.view.drop_agent("a")
     await watch.vigil.look()
+    assert watch.probes.asked == [("unix:/run/a.sock", "/livez")]
     assert await watch.request is True
+
+
+async def test_an_agent_whose_lease_ran_out_keeps_them_while_it_answers(watch, settle):
+    watch.probes.dead = False
+    watch.view.drop_agent("a")
+    await watch.vigil.look()
+    await settle()
+    assert not watch.request.done()
+
+
+async def test_an_agent_that_comes_back_during_the_probe_keeps_them(watch, settle):
+    watch.probes.gate.clear()
+    watch.view.drop_agent("a")
+    looking = asyncio.create_task(watch.vigil.look())
+    await settle()
+    watch.beat(2)
+    watch.probes.gate.set()
+    await looking
+    await settle()
+    assert not watch.request.done()
 
 
 async def test_an_idle_agent_is_never_asked(watch):
