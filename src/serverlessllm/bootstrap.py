@@ -127,7 +127,7 @@ def build_orchestrator(parts: Parts, ingestion: Ingestion) -> Orchestrator:
     """The front door, not yet started."""
     settings = parts.loaded.settings
     return Orchestrator(
-        settings.orchestrator,
+        msgspec.structs.replace(settings.orchestrator, listen=_listen(parts.loaded)),
         registry=parts.registry,
         ingestion=ingestion,
         store=parts.store,
