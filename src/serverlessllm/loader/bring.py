@@ -79,7 +79,7 @@ class Bringer:
     async def _bring(self, ref: CheckpointRef, wanted: CacheLevel, meter: Meter) -> Brought:
         await self._leftovers.check(ref.id)
         while True:
-            found = await self._nearest(ref)
+            found = await self._nearest(ref, wanted)
             if found is not None and found.tier.level <= wanted:
                 return found
             try:
@@ -91,20 +91,22 @@ class Bringer:
                 return brought
             await self._wait_for_peer(ref, wanted, meter)
 
-    async def _nearest(self, ref: CheckpointRef) -> Brought | None:
+    async def _nearest(self, ref: CheckpointRef, wanted: CacheLevel) -> Brought | None:
         """The nearest copy on this node, held."""
         for level in (CacheLevel.DRAM, CacheLevel.NVME):
             tier = self._tiers[level].directory
-            found = await self._files.run_or_undo(_release, self._find, tier, ref)
+            found = await self._files.run_or_undo(_release, self._find, tier, ref, wanted)
             if found is not None:
                 return found
         return None
 
-    def _find(self, tier: TierDirectory, ref: CheckpointRef) -> Brought | None:
+    def _find(self, tier: TierDirectory, ref: CheckpointRef, wanted: CacheLevel) -> Brought | None:
         """Its copy in one tier; one that is not whole is removed instead. Blocks."""
         try:
             held = tier.hold(ref.id)
         except OSError as error:  # a failing disk must not stop loads from the store
+            if tier.level is wanted:  # where no other copy has room beside this one
+                raise
             _log.warning("a tier cannot be read", tier=tier.level.tier, error=repr(error))
             return None
         if held is None:

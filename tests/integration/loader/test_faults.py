@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +111,26 @@ async def test_damage_while_running_is_found_by_the_next_load(bench, make_sample
         async with await loader.load(sample.ref, DRAM) as resident:
             assert resident.bin_path.read_bytes() == sample.data
             assert [hop.hop for hop in resident.hops] == ["store→dram"]
+
+
+async def test_a_copy_that_cannot_be_opened_where_it_is_wanted_fails_the_load(bench, make_sample):
+    sample = await bench.publish(make_sample("a"))
+    async with bench.loader() as loader:
+        with socket.socket(socket.AF_UNIX) as unreadable:  # a file that cannot be opened
+            unreadable.bind(str(bench.dram(sample)))
+        async with asyncio.timeout(5):
+            with pytest.raises(LoadFailed, match="tier of the agent failed"):
+                await loader.load(sample.ref, DRAM)
+        bench.dram(sample).unlink()
+        async with await loader.load(sample.ref, DRAM) as resident:
+            assert resident.bin_path.read_bytes() == sample.data
+
+
+async def test_a_copy_that_cannot_be_opened_farther_away_is_passed_over(bench, make_sample):
+    sample = await bench.publish(make_sample("a"))
+    bench.nvme(sample).symlink_to(bench.nvme(sample))
+    async with bench.loader() as loader, await loader.load(sample.ref, DRAM) as resident:
+        assert resident.bin_path.read_bytes() == sample.data
 
 
 async def test_strangers_in_the_directories_are_left_alone(bench, make_sample):
