@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 
 from blake3 import blake3
@@ -30,7 +30,7 @@ from serverlessllm.backends.settings import BackendSettings
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import AgentRecord
 from serverlessllm.core.errors import Conflict, Draining, Fenced, SLLMError
-from serverlessllm.core.ids import Address, AgentId
+from serverlessllm.core.ids import Address, AgentId, ModelId
 from serverlessllm.edge.server import EdgeServer
 from serverlessllm.edge.settings import EdgeSettings, UpstreamSettings
 from serverlessllm.edge.upstream import Upstreams
@@ -78,7 +78,7 @@ class Agent:
         self._heartbeat = Heartbeat(
             registry, agent, settings, clock, record=self.record, on_fenced=self._fenced
         )
-        self._catalog = Catalog(registry, loader, settings, clock)
+        self._catalog = Catalog(registry, loader, settings, clock, on_read=self._registered)
         downloads = Downloads(loader, settings, clock)
         node = Node(cpus=settings.cpus or cpus(), dram_free_bytes=available_memory_bytes())
         host = Host(
@@ -205,6 +205,10 @@ class Agent:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def _registered(self, models: Collection[ModelId]) -> None:
+        """Models that were deleted have no history here."""
+        self._instances.keep_only(models)
 
     def _fenced(self, fenced: bool) -> None:
         """Another agent has our id: serve nobody until it is gone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from serverlessllm.agent.settings import AgentSettings
 from serverlessllm.core.clock import Clock
@@ -20,15 +20,23 @@ _log = log("agent")
 
 class Catalog:
     """Models and their checkpoints: from the loads that were asked for, and, so that copies
-    adopted from an earlier life get their names, from the registry."""
+    adopted from an earlier life get their names, from the registry. `on_read` is told the names
+    of all registered models at each reading."""
 
     def __init__(
-        self, registry: Registry, loader: Loader, settings: AgentSettings, clock: Clock
+        self,
+        registry: Registry,
+        loader: Loader,
+        settings: AgentSettings,
+        clock: Clock,
+        *,
+        on_read: Callable[[Collection[ModelId]], None],
     ) -> None:
         self._registry = registry
         self._loader = loader
         self._settings = settings
         self._clock = clock
+        self._tell_read = on_read
         self._models: dict[ModelId, CheckpointRef] = {}
         self._registered: set[ModelId] = set()
         self._pinned: set[CheckpointId] = set()
@@ -43,6 +51,7 @@ class Catalog:
                 pause_s = random.uniform(0, self._settings.reconnect_s_max)  # noqa: S311 - jitter
             else:
                 await self._take([each.record for each in stored])
+                self._tell_read({each.record.spec.model for each in stored})
                 pause_s = self._settings.catalog_interval_s
             await self._clock.sleep(pause_s)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from serverlessllm.agent.instance import Instance
 from serverlessllm.agent.life import Crashed, Host, live
@@ -42,6 +42,10 @@ class _Model:
         self.failure: SLLMError | None = None
         self.failed_s = 0.0
         self.start_s: float | None = None
+
+    def failed_lately(self, now_s: float, cache_s: float) -> SLLMError | None:
+        """The failure that answers for the next load too."""
+        return self.failure if now_s < self.failed_s + cache_s else None
 
 
 class Instances:
@@ -120,6 +124,17 @@ class Instances:
     def known(self) -> Iterable[tuple[ModelId, ModelSlots, float | None]]:
         """Models that were asked for here, with their queues and start-up times."""
         return [(model, kept.slots, kept.start_s) for model, kept in self._models.items()]
+
+    def keep_only(self, registered: Collection[ModelId]) -> None:
+        """Forget every other model, once it has no instance and no failure that still counts."""
+        now_s, settings = self._clock.now_s(), self._settings
+        here = {instance.model for instance in self._instances.values()}
+        for name in self._models.keys() - here - set(registered):
+            model = self._models[name]
+            if model.failed_lately(now_s, settings.failure_cache_s) is None and (
+                not model.crashes.recent(now_s, settings.crash_window_s)
+            ):
+                del self._models[name]
 
     async def ensure_ready(
         self, request: LoadRequest, follow: Callable[[LoadEvent], None]
@@ -225,8 +240,9 @@ class Instances:
                 f"{self._settings.crash_window_s:g} s; the agent's log has its last lines",
                 retry_after_s=looping_s - now_s,
             )
-        if model.failure is not None and now_s < model.failed_s + self._settings.failure_cache_s:
-            raise model.failure.with_traceback(None)
+        failure = model.failed_lately(now_s, self._settings.failure_cache_s)
+        if failure is not None:
+            raise failure.with_traceback(None)
 
     async def _live(self, instance: Instance) -> None:
         """The instance's task: its life, and what its end means for the model."""

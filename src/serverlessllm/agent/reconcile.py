@@ -257,16 +257,20 @@ class Crashes(msgspec.Struct, frozen=True):
 
     def more(self, now_s: float, window_s: float) -> Crashes:
         """With one more, now."""
-        return Crashes((*(at for at in self.at_s if at > now_s - window_s), now_s))
+        return Crashes((*self.recent(now_s, window_s), now_s))
+
+    def recent(self, now_s: float, window_s: float) -> tuple[float, ...]:
+        """Those in the window."""
+        return tuple(at for at in self.at_s if at > now_s - window_s)
 
     def looping_until_s(self, now_s: float, window_s: float, crashes_max: int) -> float | None:
         """While there are too many in the window: when there are fewer again; else None."""
-        recent = [at for at in self.at_s if at > now_s - window_s]
+        recent = self.recent(now_s, window_s)
         return recent[-crashes_max] + window_s if len(recent) >= crashes_max else None
 
     def restart_s(self, now_s: float, window_s: float, pause_s: float, pause_s_max: float) -> float:
         """The earliest time of the next start: the pause doubles with each recent crash."""
-        recent = [at for at in self.at_s if at > now_s - window_s]
+        recent = self.recent(now_s, window_s)
         if not recent:
             return now_s
         return recent[-1] + min(pause_s_max, pause_s * 2.0 ** (len(recent) - 1))

@@ -17,9 +17,11 @@ from serverlessllm.agent.instance import Instance
 from serverlessllm.agent.owner import Owner
 from serverlessllm.backends.procfs import session_members
 from serverlessllm.core.agentapi import REFUSED_HEADER
+from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import Conflict
-from serverlessllm.core.ids import AgentId
+from serverlessllm.core.ids import AgentId, ModelId
 from serverlessllm.core.lifecycle import InstanceState
+from serverlessllm.core.models import ModelRecord
 from serverlessllm.metadata.registry import Registry
 from serverlessllm.testing.agents import AgentClient, Machine, fake_spec
 from serverlessllm.testing.clock import VirtualClock
@@ -107,9 +109,28 @@ class TestDeath:
             for _ in range(10):
                 failed = await agent.load(fake_spec(fail_start=True))
                 assert failed.error is not None
-            failure = agent.agent._instances._models[MODEL].failure
+            failure = agent.agent._instances._models[ModelId(MODEL)].failure
             assert failure is not None
             assert len(traceback.extract_tb(failure.__traceback__)) < 10
+
+    async def test_of_a_deleted_model_only_what_still_counts_is_remembered(
+        self, machine: Machine
+    ) -> None:
+        registry = Registry(machine.metadata)
+        await registry.put_model(ModelRecord(spec=fake_spec()))
+        async with machine.agent(
+            failure_cache_s=0.0, crash_window_s=0.5, restart_s_min=0.0, catalog_interval_s=0.02
+        ) as agent:
+            await agent.load(fake_spec())
+            await agent.unload(MODEL, CacheLevel.STORE)
+            assert (await agent.status()).models[0].start_s is not None
+            failed_s = time.monotonic()
+            assert (await agent.load(fake_spec(fail_start=True))).error is not None
+            await registry.delete_model(ModelId(MODEL))
+            async with asyncio.timeout(10):
+                while (await agent.status()).models:
+                    await asyncio.sleep(0.01)
+            assert time.monotonic() - failed_s >= 0.5
 
     async def test_five_in_a_minute_are_a_crash_loop(self, machine: Machine) -> None:
         clock = VirtualClock()
