@@ -14,7 +14,7 @@ from serverlessllm.core.ids import CheckpointId
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.loader.adoption import Leftovers, Spawn
 from serverlessllm.loader.indexes import Indexes
-from serverlessllm.loader.locks import wait_unlocked
+from serverlessllm.loader.locks import is_being_written
 from serverlessllm.loader.pipeline import Job, Pipeline, Tier
 from serverlessllm.loader.plan import Copy, plan
 from serverlessllm.loader.progress import QUEUE, Meter, Report
@@ -179,9 +179,22 @@ class Bringer:
             filled.held.release()
 
     async def _wait_for_peer(self, ref: CheckpointRef, wanted: CacheLevel, meter: Meter) -> None:
+        """Return when whoever fills the tier's copy has let go of it: finished, or died.
+
+        The lock has no event that a waiter could leave: a blocked `flock` would outlive it.
+        """
         meter.begin(QUEUE, ref.size_bytes)
         partial = self._tiers[wanted].directory.partial_path(ref.id)
-        await wait_unlocked(partial, self._clock, self._settings.peer_wait_s_max)
+        wait_s_max = self._settings.peer_wait_s_max
+        until_s = self._clock.now_s() + wait_s_max
+        while await self._files.run(is_being_written, partial):
+            if self._clock.now_s() >= until_s:
+                raise LoadFailed(
+                    f"another process of this machine has been loading the checkpoint for over "
+                    f"{wait_s_max:.0f} s: see what it waits for, or raise loader.peer_wait_s_max",
+                    retry_after_s=5.0,
+                )
+            await self._clock.sleep(self._settings.peer_poll_s)
 
 
 @contextlib.contextmanager

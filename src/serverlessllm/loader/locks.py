@@ -6,16 +6,11 @@ A lock ends with the last descriptor of its open file, so a killed process leave
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-
-from serverlessllm.core.clock import Clock
-from serverlessllm.core.errors import LoadFailed
 
 
 def try_exclusive(fd: int) -> bool:
@@ -48,42 +43,16 @@ def directory_lock(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-async def wait_unlocked(path: Path, clock: Clock, wait_s_max: float) -> None:
-    """Return when whoever holds `path` exclusively has let go (finished, or died).
-
-    The wait is a blocked system call in a thread of its own; a cancelled one leaves the thread
-    (a daemon) blocked until the other process ends, holding one descriptor.
-
-    Raises:
-        LoadFailed: it still holds it after `wait_s_max`.
-    """
-    loop = asyncio.get_running_loop()
-    unlocked = loop.create_future()
-
-    def tell() -> None:
-        if not unlocked.done():
-            unlocked.set_result(None)
-
-    def block() -> None:
-        with contextlib.suppress(OSError):  # it is gone already
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                lock_shared(fd)
-            finally:
-                os.close(fd)
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(tell)
-
-    threading.Thread(target=block, name="loader-peer-wait", daemon=True).start()
-    timer = asyncio.ensure_future(clock.sleep(wait_s_max))
+def is_being_written(path: Path) -> bool:
+    """Whether somebody holds the file exclusively, at this instant; nobody does if it is gone."""
     try:
-        await asyncio.wait((unlocked, timer), return_when=asyncio.FIRST_COMPLETED)
-        if not unlocked.done():
-            raise LoadFailed(
-                f"another process of this machine has been loading the checkpoint for over "
-                f"{wait_s_max:.0f} s: see what it waits for, or raise loader.peer_wait_s_max",
-                retry_after_s=5.0,
-            )
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     finally:
-        timer.cancel()
-        unlocked.cancel()
+        os.close(fd)
+    return False

@@ -38,6 +38,8 @@ class LoaderSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Times a chunk that fails its digest is fetched from the store before the load fails."""
     peer_wait_s_max: float = 900.0
     """Longest wait for another process of this machine that is loading the same checkpoint."""
+    peer_poll_s: float = 0.02
+    """Between two looks whether that process has finished."""
     progress_interval_s: float = 0.05
     """Least time between two progress reports of one load."""
     indexes_cached_max: int = 128

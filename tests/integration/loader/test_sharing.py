@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -35,6 +37,30 @@ async def test_callers_at_once_share_one_copy_and_hold_it_each(bench, make_sampl
             resident.release()
             resident.release()
         assert await loader.evict(sample.ref.id, NVME) == len(sample.data)
+
+
+async def test_who_gives_up_waiting_for_another_process_leaves_nothing_behind(bench, make_sample):
+    sample = await bench.publish(make_sample("a"))
+    async with bench.loader() as loader, bench.child(sample) as child:
+        while not bench.dram(sample).with_suffix(".partial").exists():
+            await asyncio.sleep(0.001)
+
+        async def give_up() -> tuple[int, int]:
+            queued = asyncio.Event()
+            load = asyncio.create_task(
+                loader.load(sample.ref, DRAM, functools.partial(when_queued, queued))
+            )
+            await queued.wait()
+            await asyncio.sleep(0.01)
+            load.cancel()
+            await asyncio.wait((load,))
+            return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+        before = [await give_up() for _ in range(8)][-1]  # the loader's own threads are there now
+        assert [await give_up() for _ in range(4)] == [before] * 4
+        child.kill()
+        async with await loader.load(sample.ref, DRAM) as resident:
+            assert resident.bin_path.read_bytes() == sample.data
 
 
 async def test_callers_at_once_share_one_error(bench, make_sample):
