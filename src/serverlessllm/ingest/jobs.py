@@ -17,6 +17,7 @@ from serverlessllm.core.errors import (
     Fenced,
     InvalidRequest,
     MetadataUnavailable,
+    ModelNotFound,
     SLLMError,
 )
 from serverlessllm.core.failures import error_of, record_of
@@ -27,7 +28,7 @@ from serverlessllm.ingest.leftovers import sweep
 from serverlessllm.ingest.messages import WorkRequest
 from serverlessllm.ingest.settings import IngestSettings
 from serverlessllm.ingest.space import WorkSpace
-from serverlessllm.metadata.base import LeaseLost
+from serverlessllm.metadata.base import ABSENT, LeaseLost
 from serverlessllm.metadata.registry import JobChanged, JobClaim, Registry, Resync
 from serverlessllm.store.checkpoints import CheckpointStore
 from serverlessllm.telemetry.logs import log
@@ -60,12 +61,15 @@ async def run_job(
     """Return when the model's checkpoint is published: by us, or by whoever has the job.
 
     Raises:
+        ModelNotFound: it was registered, and was deleted before it was published.
         SLLMError: why the job failed, here or there.
     """
+    registered = False
     for _ in range(runner.settings.claims_max):
-        present = await _present(runner, model, spec)
-        if present is not None:
-            return present
+        stored = await runner.registry.get_model(model)
+        registered = registered or stored is not None
+        if stored is not None and await _is_published(runner, stored.record, spec):
+            return stored.record
         async with runner.turns:
             try:
                 taken = await runner.registry.claim_job(
@@ -75,7 +79,8 @@ async def run_job(
                 continue  # we were stopped for longer than a lease, right in there
             if isinstance(taken, JobClaim):
                 try:
-                    return await _Owned(runner, taken, spec, on_progress).run()
+                    owned = _Owned(runner, taken, spec, on_progress, registered=registered)
+                    return await owned.run()
                 except Fenced:
                     _log.warning("claim lost", model=model, epoch=taken.epoch)
                     continue
@@ -89,15 +94,11 @@ async def run_job(
     )
 
 
-async def _present(runner: Runner, model: ModelId, spec: ModelSpec) -> ModelRecord | None:
-    """The model's record if it names a checkpoint of this source that the store still has."""
-    stored = await runner.registry.get_model(model)
-    if stored is None or stored.record.checkpoint is None:
-        return None
-    if stored.record.spec.source != spec.source:
-        return None
-    found = await runner.store.find(stored.record.checkpoint.prefix)
-    return stored.record if found == stored.record.checkpoint else None
+async def _is_published(runner: Runner, record: ModelRecord, spec: ModelSpec) -> bool:
+    """Whether the record names a checkpoint of this source that the store still has."""
+    if record.checkpoint is None or record.spec.source != spec.source:
+        return False
+    return await runner.store.find(record.checkpoint.prefix) == record.checkpoint
 
 
 async def _followed(
@@ -128,15 +129,22 @@ def _is_final(job: JobRecord) -> bool:
 
 
 class _Owned:
-    """A job that this process has claimed."""
+    """A job that this process has claimed; `registered`: the model was, when it was asked for."""
 
     def __init__(
-        self, runner: Runner, claim: JobClaim, spec: ModelSpec, on_progress: OnProgress
+        self,
+        runner: Runner,
+        claim: JobClaim,
+        spec: ModelSpec,
+        on_progress: OnProgress,
+        *,
+        registered: bool,
     ) -> None:
         self._runner = runner
         self._claim = claim
         self._spec = spec
         self._on_progress = on_progress
+        self._was_registered = registered
         self._record = JobRecord(
             model=claim.model, owner=claim.owner, epoch=claim.epoch, stage=JobStage.RESOLVING
         )
@@ -148,6 +156,10 @@ class _Owned:
         registry = self._runner.registry
         try:
             self._on_progress(self._record)
+            if self._was_registered and self._claim.model_revision == ABSENT:
+                raise ModelNotFound(
+                    f"model {self._claim.model} was deleted before its ingest began", param="model"
+                )
             with span("ingest.job", model=self._claim.model) as stage:
                 ref = await self._work_while_ours()
                 stage.note(bytes_moved=ref.size_bytes)

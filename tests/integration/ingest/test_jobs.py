@@ -497,6 +497,29 @@ async def test_a_model_deleted_during_its_ingest_does_not_come_back(
     assert cluster.leftovers == []
 
 
+async def test_a_model_deleted_before_its_ingest_s_turn_does_not_come_back(
+    cluster: Cluster, hub: HubServer, workers: Workers, tmp_path: Path
+) -> None:
+    publish_small(hub, tmp_path)
+    registry = cluster.registry()
+    other = ModelId("org/other")
+    await registry.put_model(ModelRecord(spec=spec_of("hf://org/name", other)))
+    hub.gate.clear()
+    ingestion = await cluster.join(msgspec.structs.replace(cluster.settings, jobs_max=1))
+    first = asyncio.create_task(ingestion.ensure(MODEL, SPEC))
+    await reached(cluster, JobStage.CONVERTING)
+    waiting = asyncio.create_task(ingestion.ensure(other, spec_of("hf://org/name", other)))
+    while not ingestion._runner.turns._waiters:
+        await asyncio.sleep(0.001)
+    await registry.delete_model(other)
+    hub.gate.set()
+    await first
+    with pytest.raises(ModelNotFound, match="deleted"):
+        await waiting
+    assert await registry.get_model(other) is None
+    assert len(workers.pids) == 1
+
+
 async def test_a_killed_process_leaves_no_converter_and_its_work_is_gone_on_with(
     cluster: Cluster, hub: HubServer, tmp_path: Path
 ) -> None:
