@@ -19,6 +19,7 @@ from serverlessllm.core.errors import MetadataUnavailable
 from serverlessllm.metadata.base import Change, Entry, LeaseId, Listing, Revision
 from serverlessllm.metadata.database import Batch, Database, NewerLayout
 from serverlessllm.metadata.wakeup import Listener, touch
+from serverlessllm.telemetry.guard import keep_running
 from serverlessllm.telemetry.logs import log
 from serverlessllm.telemetry.table import METADATA_FAILURES
 
@@ -215,7 +216,14 @@ class SqliteMetadata:
                 "changes of the metadata store cannot be watched (inotify): is the data directory "
                 "there and writable, and fs.inotify.max_user_instances high enough?"
             ) from error
-        self._reaper = asyncio.get_running_loop().create_task(self._reap(), name="metadata reaper")
+        kept = keep_running(
+            "reaper",
+            self._reap,
+            out=_log,
+            clock=self._clock,
+            restart_s=self._settings.reap_retry_s,
+        )
+        self._reaper = asyncio.create_task(kept, name="metadata reaper")
 
     def _wake(self) -> None:
         for wake in self._wakes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.errors import MetadataUnavailable
 from serverlessllm.metadata.base import ABSENT, LeaseLost
+from serverlessllm.metadata.database import Database
 from serverlessllm.metadata.open import open_metadata
 from serverlessllm.metadata.settings import MetadataSettings
 from serverlessllm.metadata.sqlite import SqliteMetadata
@@ -51,6 +53,25 @@ async def test_a_file_that_is_no_database(path: Path, open_store: Open) -> None:
     # Moved away, as it said: the next call opens a new one.
     path.unlink()
     assert await store.put("k", b"1", expect_revision=ABSENT)
+
+
+async def test_leases_run_out_after_a_bug_of_who_ends_them(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expire = Database.expire
+    bugs = [ValueError("a bug")]
+
+    def once_wrong(database: Database) -> float | None:
+        if bugs:
+            raise bugs.pop()
+        return expire(database)
+
+    monkeypatch.setattr(Database, "expire", once_wrong)
+    store = open_store(MetadataSettings(reap_retry_s=0.01))
+    written = await store.put("k", b"1", lease=await store.lease(0.1))
+    async with asyncio.timeout(5), aclosing(store.watch("k", written)) as changes:
+        assert (await anext(changes)).key == "k"
+    assert not bugs
 
 
 async def test_a_damaged_database(path: Path, open_store: Open) -> None:
