@@ -54,7 +54,7 @@ async def serve(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
     listen, agent_listen = _listen(loaded), _agent_listen(loaded)
     async with (
         _parts(loaded) as parts,
-        _running(build_agent(parts), agent_listen) as (agent, _),
+        _running(build_agent(parts, drain_accept_s=0.0), agent_listen) as (agent, _),
         _orchestrator(parts, listen) as (orchestrator, address),
     ):
         await _until(stop, address, on_ready)
@@ -89,8 +89,12 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     token: str
 
 
-def build_agent(parts: Parts) -> Agent:
-    """The daemon of this node, not yet started."""
+def build_agent(parts: Parts, drain_accept_s: float | None = None) -> Agent:
+    """The daemon of this node, not yet started.
+
+    `drain_accept_s` overrides the edge's: one that drains after its orchestrator has nobody to
+    wait for.
+    """
     settings, paths = parts.loaded.settings, parts.loaded.paths
     agent = agent_id(settings.agent.id)
     return Agent(
@@ -107,7 +111,9 @@ def build_agent(parts: Parts) -> Agent:
         log_dir=paths.logs_dir / agent,
         environ=parts.loaded.environ,
         processes=settings.backends,
-        edge=settings.edge,
+        edge=settings.edge
+        if drain_accept_s is None
+        else msgspec.structs.replace(settings.edge, drain_accept_s=drain_accept_s),
         upstream=settings.upstream,
     )
 

@@ -98,7 +98,7 @@ def _server(port: int, data_dir: Path) -> Iterator[tuple[str, subprocess.Popen[s
     command = [sys.executable, "-m", "serverlessllm.cli.main", "serve"]
     command += ["--port", str(port), "--data-dir", str(data_dir)]
     # Nobody balances traffic over a demo: it need not linger when it is told to stop.
-    command += ["--set", "orchestrator.drain_accept_s=0", "--set", "edge.drain_accept_s=0"]
+    command += ["--set", "edge.drain_accept_s=0"]
     log = data_dir / "serve.log"
     data_dir.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()

@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import msgspec
-
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.ids import Address
 from serverlessllm.edge.server import EdgeServer
@@ -65,9 +63,7 @@ class Orchestrator:
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._edge_settings = msgspec.structs.replace(
-            edge or EdgeSettings(), drain_accept_s=settings.drain_accept_s
-        )
+        self._edge_settings = edge or EdgeSettings()
         self._upstreams = Upstreams(upstream or UpstreamSettings(), clock)
         self.view = ClusterView()
         self._router = Router(

@@ -81,8 +81,6 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of one listing."""
     hint_names_max: int = 8
     """Registered names mentioned to a client that asked for an unknown one."""
-    drain_accept_s: float = 2.0
-    """After SIGTERM: how long new requests are still taken, for the balancer to notice."""
     drain_finish_s: float = 120.0
     """After SIGTERM: how long running answers may take to finish."""
 

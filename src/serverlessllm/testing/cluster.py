@@ -21,6 +21,7 @@ from serverlessllm.backends.registry import Backends
 from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.ids import Address, AgentId
 from serverlessllm.core.units import GIB, MIB
+from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.ingest.service import Ingestion
 from serverlessllm.ingest.settings import IngestSettings
 from serverlessllm.loader.service import Loader
@@ -40,7 +41,7 @@ _SHM = Path("/dev/shm")  # noqa: S108 - the DRAM tier is a tmpfs; a fresh direct
 class ClusterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What a test may want different."""
 
-    orchestrator: OrchestratorSettings = OrchestratorSettings(drain_accept_s=0.0)
+    orchestrator: OrchestratorSettings = OrchestratorSettings()
     agent: AgentSettings = AgentSettings(memory_budget_bytes=GIB)
     ingest: IngestSettings = IngestSettings()
     dram_budget_bytes: int = 256 * MIB
@@ -75,6 +76,7 @@ class Cluster:
             clock=self.clock,
             token=TOKEN,
             run_dir=directory,
+            edge=EdgeSettings(drain_accept_s=0.0),
         )
 
     async def start(self, agents: int) -> None:

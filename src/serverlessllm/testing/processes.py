@@ -64,8 +64,7 @@ def sllm(verb: str, *arguments: str, data_dir: Path, name: str | None = None) ->
     log = data_dir / f"{name or verb}.stderr"
     command = [sys.executable, "-m", "serverlessllm.cli.main", verb, *arguments]
     command += ["--data-dir", str(data_dir)]
-    for part in ("orchestrator", "edge"):  # nobody balances traffic over a test
-        command += ["--set", f"{part}.drain_accept_s=0"]
+    command += ["--set", "edge.drain_accept_s=0"]  # nobody balances traffic over a test
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLLM_")}
     with log.open("ab") as stderr:
         process = subprocess.Popen(

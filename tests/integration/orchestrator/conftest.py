@@ -290,7 +290,7 @@ class Answer(msgspec.Struct):
 class Cluster:
     """What a test holds in its hands."""
 
-    def __init__(self, directory: Path, settings: OrchestratorSettings) -> None:
+    def __init__(self, directory: Path, settings: OrchestratorSettings, edge: EdgeSettings) -> None:
         self.directory = directory
         self.metadata = SqliteMetadata(
             directory / "metadata.db", MetadataSettings(call_timeout_s=0.5), SystemClock()
@@ -307,6 +307,7 @@ class Cluster:
             clock=SystemClock(),
             token=TOKEN,
             run_dir=directory,
+            edge=edge,
         )
         self.url = ""
         self._upstreams = Upstreams(UpstreamSettings(), SystemClock())
@@ -419,18 +420,20 @@ async def cluster() -> AsyncIterator[Callable[..., object]]:
     """`await cluster(agents=1, **settings)` → a running `Cluster`."""
     async with AsyncExitStack() as stack:
 
-        async def start(agents: int = 1, **fields: object) -> Cluster:
-            given = {"drain_accept_s": 0.0, "agent_wait_s": 0.3, **fields}
-            settings = msgspec.convert(given, OrchestratorSettings)
-            return await stack.enter_async_context(_running(agents, settings))
+        async def start(agents: int = 1, drain_accept_s: float = 0.0, **fields: object) -> Cluster:
+            settings = msgspec.convert({"agent_wait_s": 0.3, **fields}, OrchestratorSettings)
+            edge = EdgeSettings(drain_accept_s=drain_accept_s)
+            return await stack.enter_async_context(_running(agents, settings, edge))
 
         yield start
 
 
 @asynccontextmanager
-async def _running(agents: int, settings: OrchestratorSettings) -> AsyncIterator[Cluster]:
+async def _running(
+    agents: int, settings: OrchestratorSettings, edge: EdgeSettings
+) -> AsyncIterator[Cluster]:
     directory = Path(tempfile.mkdtemp(prefix="sllm-"))
-    made = Cluster(directory, settings)
+    made = Cluster(directory, settings, edge)
     try:
         await made.start(agents)
         yield made
