@@ -1,8 +1,8 @@
 """The seam of a backend: an adapter that decides and describes; the agent starts and watches.
 
-An adapter is a stateless value. What it cannot do it says (`Refusal`), it never raises
-`NotImplementedError`. `serverlessllm.testing.contracts.backend` proves each one. Third parties
-register a factory under the entry-point group `serverlessllm.backends`.
+An adapter is a stateless value; what it cannot do it says (`Refusal`).
+`serverlessllm.testing.contracts.backend` proves each one. Third parties register a factory under
+the entry-point group `serverlessllm.backends`.
 """
 
 from __future__ import annotations
