@@ -16,16 +16,17 @@ import pytest
 from serverlessllm.agent.instance import Instance
 from serverlessllm.agent.owner import Owner
 from serverlessllm.backends.procfs import session_members
-from serverlessllm.core.agentapi import REFUSED_HEADER
+from serverlessllm.core.agentapi import MODEL_HEADER, REFUSED_HEADER, LoadEvent
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import Conflict
 from serverlessllm.core.ids import AgentId, ModelId
 from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.core.models import ModelRecord
 from serverlessllm.metadata.registry import Registry
-from serverlessllm.testing.agents import AgentClient, Machine, fake_spec
+from serverlessllm.testing.agents import AgentClient, Machine, chat_body, fake_spec
 from serverlessllm.testing.clock import VirtualClock
 from serverlessllm.testing.metadata import FakeMetadata
+from serverlessllm.testing.waiting import eventually
 
 MODEL = "fake-model"
 
@@ -50,11 +51,8 @@ class TestDeath:
     ) -> None:
         async with machine.agent(restart_s_min=0.05) as agent:
             first = await agent.load(fake_spec())
-            killed_s = time.monotonic()
             kill(agent)
-            while agent.agent._instances.all():
-                await asyncio.sleep(0.001)
-            assert time.monotonic() - killed_s < 0.2
+            assert await eventually(lambda: not agent.agent._instances.all()) < 0.2
             status, _, response = await agent.chat(MODEL)
             assert status == 503
             assert response.headers.get(REFUSED_HEADER) == "model_not_ready"
@@ -127,21 +125,20 @@ class TestDeath:
             failed_s = time.monotonic()
             assert (await agent.load(fake_spec(fail_start=True))).error is not None
             await registry.delete_model(ModelId(MODEL))
-            async with asyncio.timeout(10):
-                while (await agent.status()).models:
-                    await asyncio.sleep(0.01)
+
+            async def forgotten() -> bool:
+                return not (await agent.status()).models
+
+            await eventually(forgotten, 10)
             assert time.monotonic() - failed_s >= 0.5
 
     async def test_five_in_a_minute_are_a_crash_loop(self, machine: Machine) -> None:
         clock = VirtualClock()
         async with machine.agent(clock=clock, failure_cache_s=0.0) as agent:
             for _ in range(5):
-                loading = asyncio.ensure_future(agent.load(fake_spec(fail_start=True)))
-                while not loading.done():
-                    await asyncio.sleep(0.005)
-                    if any(i.state is InstanceState.QUEUED for i in agent.agent._instances.all()):
-                        await clock.advance(0.25)  # the pause before the next start
-                assert loading.result().error.code == "load_failed"  # type: ignore[union-attr]
+                failed = await self.load_past_its_pause(agent, clock)
+                assert failed.error is not None
+                assert failed.error.code == "load_failed"
             looped = await agent.load(fake_spec(fail_start=True))
             assert looped.error is not None
             assert (looped.error.code, looped.error.status) == ("backend_crash_loop", 503)
@@ -149,6 +146,17 @@ class TestDeath:
             assert all("asked to fail" in path.read_text() for path in logs)
             await clock.advance(60.0)
             assert (await agent.load(fake_spec())).state == "ready"
+
+    async def load_past_its_pause(self, agent: AgentClient, clock: VirtualClock) -> LoadEvent:
+        loading = asyncio.ensure_future(agent.load(fake_spec(fail_start=True)))
+
+        async def over() -> bool:
+            if any(i.state is InstanceState.QUEUED for i in agent.agent._instances.all()):
+                await clock.advance(0.25)  # the pause before the next start
+            return loading.done()
+
+        await eventually(over, 20)
+        return loading.result()
 
 
 class TestHang:
@@ -168,9 +176,7 @@ class TestHang:
             async with asyncio.timeout(10):
                 *_, last = await agent.stream(MODEL)
             assert json.loads(last)["error"]["code"] == "backend_died"
-            async with asyncio.timeout(5):
-                while list(session_members(pid)):
-                    await asyncio.sleep(0.005)
+            await eventually(lambda: not list(session_members(pid)))
 
     async def test_a_slow_but_working_one_is_not(self, machine: Machine) -> None:
         async with machine.agent(**self.SMALL, hang_cpu_share=0.0) as agent:
@@ -221,9 +227,11 @@ class TestCluster:
             )
             assert {"fake", "llamacpp", "openai"} <= set(record.backends)
             await agent.load(fake_spec())
-            async with asyncio.timeout(0.9):  # a change of state is told at once
-                while not (await registry.list_agents())[0].models:
-                    await asyncio.sleep(0.005)
+
+            async def told() -> bool:
+                return bool((await registry.list_agents())[0].models)
+
+            assert await eventually(told) < 0.9  # a change of state is told at once
         assert await registry.list_agents() == ()
 
     async def test_a_store_that_is_away_at_the_start_or_later_stops_nobody(
@@ -236,14 +244,10 @@ class TestCluster:
         async with machine.agent(reconnect_s_max=0.1, heartbeat_s=0.02) as agent:
             assert (await agent.load(fake_spec())).state == "ready"
             metadata.failing = False
-            async with asyncio.timeout(5):
-                while not await registry.list_agents():
-                    await asyncio.sleep(0.01)
+            await eventually(registry.list_agents)
             metadata.failing = True
             calls = metadata.calls
-            async with asyncio.timeout(5):
-                while metadata.calls == calls:
-                    await asyncio.sleep(0.01)
+            await eventually(lambda: metadata.calls > calls)
             assert (await agent.chat(MODEL))[0] == 200
             metadata.failing = False
 
@@ -255,9 +259,11 @@ class TestCluster:
             registration = agent.agent._heartbeat._registration
             assert registration is not None
             await metadata.revoke(registration.lease)
-            async with asyncio.timeout(5):
-                while (await agent.status()).epoch <= epoch:
-                    await asyncio.sleep(0.01)
+
+            async def taken_again() -> bool:
+                return (await agent.status()).epoch > epoch
+
+            await eventually(taken_again)
 
     async def test_a_fenced_agent_serves_nobody_until_the_other_has_gone(
         self, machine: Machine
@@ -268,9 +274,14 @@ class TestCluster:
             record = await agent.status()
             newer = await other.register_agent(AgentId("one"), 60.0)
             await other.write_agent(newer, record)
-            async with asyncio.timeout(5):
-                while (await agent.status()).accepting:
-                    await asyncio.sleep(0.005)
+
+            async def accepts() -> bool:
+                return (await agent.status()).accepting
+
+            async def fenced() -> bool:
+                return not await accepts()
+
+            await eventually(fenced)
             status, answer, response = await agent.chat(MODEL)
             assert (status, answer["error"]["code"]) == (503, "fenced")
             assert response.headers.get(REFUSED_HEADER) == "fenced"
@@ -283,9 +294,7 @@ class TestCluster:
             (seen,) = await other.list_agents()
             assert seen.epoch == newer.epoch
             await other.deregister(newer)
-            async with asyncio.timeout(5):
-                while not (await agent.status()).accepting:
-                    await asyncio.sleep(0.01)
+            await eventually(accepts)
             assert (await agent.status()).epoch > newer.epoch
             assert (await agent.load(fake_spec())).state == "ready"
 
@@ -308,20 +317,30 @@ class TestDraining:
             streaming = asyncio.ensure_future(agent.stream(MODEL))
             await agent.until(MODEL, lambda row: row.queue_len == 1)
             draining = asyncio.ensure_future(agent.agent.drain())
-            async with asyncio.timeout(5):
-                while (await registry.list_agents())[0].accepting:
-                    await asyncio.sleep(0.005)
+
+            async def told() -> bool:
+                return not (await registry.list_agents())[0].accepting
+
+            await eventually(told)
             assert (await streaming)[-1] == "[DONE]"
             await draining
 
     async def test_what_takes_too_long_ends_with_an_error_event(self, machine: Machine) -> None:
         async with machine.agent(drain_finish_s=0.2) as agent:
             await agent.load(fake_spec(tokens=100_000, token_s=0.01))
-            streaming = asyncio.ensure_future(agent.stream(MODEL))
-            await agent.until(MODEL, lambda row: row.queue_len == 1)
-            await asyncio.sleep(0.05)  # past the first token: an error before it is a status
-            await agent.agent.drain()
-            assert "error" in json.loads((await streaming)[-1])
+            asked = agent.send(
+                "POST",
+                "/v1/chat/completions",
+                chat_body(MODEL, stream=True),
+                **{MODEL_HEADER: MODEL},
+            )
+            async with asked as response:
+                lines = response.lines()
+                await anext(lines)  # past the first token: an error before it is a status
+                draining = asyncio.ensure_future(agent.agent.drain())
+                *_, last = [line async for line in lines if line.startswith(b"data: ")]
+            await draining
+            assert "error" in json.loads(last.removeprefix(b"data: "))
 
     async def test_a_load_under_way_is_refused(self, machine: Machine) -> None:
         async with machine.agent() as agent:

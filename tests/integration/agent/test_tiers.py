@@ -27,6 +27,7 @@ from serverlessllm.edge.upstream import Upstreams
 from serverlessllm.metadata.registry import Registry
 from serverlessllm.testing.agents import AgentClient, Machine
 from serverlessllm.testing.checkpoints import write_random_gguf
+from serverlessllm.testing.waiting import eventually
 
 SPEC = ModelSpec(model=ModelId("tiny"), source="file:tiny.gguf", options={"context": "512"})
 MIB = 1 << 20
@@ -185,9 +186,7 @@ class TestKilled:
             process.send_signal(signal.SIGKILL)
             await process.wait()
             await asyncio.gather(streaming, return_exceptions=True)
-        async with asyncio.timeout(5):
-            while any(alive(pid) for pid in backends):
-                await asyncio.sleep(0.005)
+        await eventually(lambda: not any(alive(pid) for pid in backends))
         async with machine.agent() as agent:
             assert list(machine.run_dir.rglob("process.json")) == []
             await agent.agent._loader.settled()
@@ -216,9 +215,7 @@ class TestKilled:
             await process.wait()
         assert list(session_members(session))
         async with machine.agent():
-            async with asyncio.timeout(5):
-                while list(session_members(session)):
-                    await asyncio.sleep(0.005)
+            await eventually(lambda: not list(session_members(session)))
 
     async def test_adopted_copies_get_their_names_from_the_registry(
         self, machine: Machine, tiny: CheckpointRef
@@ -339,10 +336,12 @@ async def test_the_bytes_of_a_pinned_model_are_free_once_it_is_deleted(
         await agent.unload("tiny", CacheLevel.STORE)
         assert loader.residency() == {tiny.id: CacheLevel.DRAM}
         await registry.delete_model(SPEC.model)
-        async with asyncio.timeout(5):
-            while loader.residency():
-                await loader.evict(tiny.id, CacheLevel.STORE)
-                await asyncio.sleep(0.01)
+
+        async def evicted() -> bool:
+            await loader.evict(tiny.id, CacheLevel.STORE)
+            return not loader.residency()
+
+        await eventually(evicted)
 
 
 async def test_a_record_takes_one_look_at_the_tiers_however_many_models_there_are(
