@@ -36,6 +36,7 @@ from serverlessllm.testing.checkpoints import write_random_gguf, write_random_sa
 from serverlessllm.testing.clock import VirtualClock
 from serverlessllm.testing.hub import Faults, HubServer
 from serverlessllm.testing.ingestions import MODEL, Cluster, spec_of
+from serverlessllm.testing.waiting import eventually
 
 SPEC = spec_of("hf://org/name")
 
@@ -386,8 +387,13 @@ async def test_a_lost_claim_stops_before_publishing(
     publish_small(hub, tmp_path)
     hub.gate.clear()
     ingestion = await cluster.join()
-    seen: list[JobRecord] = []
-    caller = asyncio.create_task(ingestion.ensure(MODEL, SPEC, seen.append))
+    lost = asyncio.Event()
+
+    def look(job: JobRecord) -> None:
+        if job.owner == "another":
+            lost.set()
+
+    caller = asyncio.create_task(ingestion.ensure(MODEL, SPEC, look))
     await reached(cluster, JobStage.CONVERTING)
     registry = cluster.registry()
     assert await cluster.metadata().delete(f"jobs/ingest/{MODEL}")
@@ -395,8 +401,7 @@ async def test_a_lost_claim_stops_before_publishing(
     assert isinstance(taken, JobClaim)
     hub.gate.set()
     async with asyncio.timeout(10):
-        while not any(job.owner == "another" for job in seen):
-            await asyncio.sleep(0.01)
+        await lost.wait()
     assert workers.alive == []
     assert await cluster.store.list() == ()
     assert await registry.get_model(MODEL) is None
@@ -509,8 +514,7 @@ async def test_a_model_deleted_before_its_ingest_s_turn_does_not_come_back(
     first = asyncio.create_task(ingestion.ensure(MODEL, SPEC))
     await reached(cluster, JobStage.CONVERTING)
     waiting = asyncio.create_task(ingestion.ensure(other, spec_of("hf://org/name", other)))
-    while not ingestion._runner.turns._waiters:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: ingestion._runner.turns._waiters)
     await registry.delete_model(other)
     hub.gate.set()
     await first
@@ -551,9 +555,7 @@ asyncio.run(main())
     process.kill()
     await process.wait()
     hub.faults = Faults()
-    async with asyncio.timeout(5):
-        while any(Path(f"/proc/{pid}").exists() for pid in children):
-            await asyncio.sleep(0.01)
+    await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
     assert await cluster.store.list() == ()
     ingestion = await cluster.join(settings)
     record = await ingestion.ensure(MODEL, SPEC)
