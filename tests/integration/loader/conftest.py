@@ -20,7 +20,7 @@ from blake3 import blake3
 from crc32c import crc32c
 
 from serverlessllm.checkpoint.index import Chunk, Index, Tensor, checkpoint_id, encode_index
-from serverlessllm.core.clock import SystemClock
+from serverlessllm.core.clock import Clock, SystemClock
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.loader.service import Loader
@@ -96,6 +96,7 @@ class Bench:
         self.dram_dir = shm
         self.store_dir = root / "store"
         self.store = WatchedStore(self.store_dir)
+        self.clock: Clock = SystemClock()
         self.settings = LoaderSettings(
             dram_dir=str(shm),
             dram_budget_bytes=4 * SIZE_BYTES,
@@ -115,7 +116,7 @@ class Bench:
     async def starting(self, **changes: object) -> AsyncIterator[Loader]:
         """A loader that may still be checking its leftovers."""
         settings = msgspec.structs.replace(self.settings, **changes)
-        loader = Loader(settings, store=self.store, clock=SystemClock(), data_dir=self.root)
+        loader = Loader(settings, store=self.store, clock=self.clock, data_dir=self.root)
         try:
             await loader.start()
             yield loader

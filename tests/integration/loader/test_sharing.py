@@ -16,8 +16,20 @@ from serverlessllm.core.errors import CheckpointError, Draining, LoadFailed
 from serverlessllm.loader.progress import QUEUE, LoadProgress
 from serverlessllm.loader.service import Loader
 from serverlessllm.testing.clock import VirtualClock
+from serverlessllm.testing.waiting import eventually
 
 DRAM, NVME, DEVICE, STORE = CacheLevel.DRAM, CacheLevel.NVME, CacheLevel.DEVICE, CacheLevel.STORE
+
+
+class NotedClock(SystemClock):
+    """Tells when somebody has gone to sleep."""
+
+    def __init__(self) -> None:
+        self.asleep = asyncio.Event()
+
+    async def sleep(self, delay_s: float) -> None:
+        self.asleep.set()
+        await super().sleep(delay_s)
 
 
 def when_queued(queued: asyncio.Event, progress: LoadProgress) -> None:
@@ -40,18 +52,15 @@ async def test_callers_at_once_share_one_copy_and_hold_it_each(bench, make_sampl
 
 
 async def test_who_gives_up_waiting_for_another_process_leaves_nothing_behind(bench, make_sample):
+    clock = bench.clock = NotedClock()
     sample = await bench.publish(make_sample("a"))
     async with bench.loader() as loader, bench.child(sample) as child:
-        while not bench.dram(sample).with_suffix(".partial").exists():
-            await asyncio.sleep(0.001)
+        await eventually(bench.dram(sample).with_suffix(".partial").exists)
 
         async def give_up() -> tuple[int, int]:
-            queued = asyncio.Event()
-            load = asyncio.create_task(
-                loader.load(sample.ref, DRAM, functools.partial(when_queued, queued))
-            )
-            await queued.wait()
-            await asyncio.sleep(0.01)
+            clock.asleep.clear()
+            load = asyncio.create_task(loader.load(sample.ref, DRAM))
+            await clock.asleep.wait()
             load.cancel()
             await asyncio.wait((load,))
             return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
