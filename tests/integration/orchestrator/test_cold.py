@@ -90,7 +90,8 @@ async def test_after_the_wait_budget_comes_model_loading_and_the_load_goes_on(cl
     assert answer.json()["loading"] == {
         "state": "loading", "stage": "nvme→dram", "bytes": 5, "total": 10, "eta_s": None,
     }  # fmt: skip
-    await asyncio.sleep(0.05)
+    again = await c.chat("m", headers=(("x-sllm-wait", "0.1"),))  # waits for the same load
+    assert (again.status, again.code) == (503, "model_loading")
     assert c.agents[0].cancelled == 0
     c.agents[0].load_gate.set()
     await c.until(lambda: bool(c.agents[0].ready))
@@ -160,16 +161,18 @@ async def test_a_load_that_fails_after_comments_ends_in_an_error_event(cluster):
     await c.register("m")
     agent = c.agents[0]
     agent.load_gate.clear()
-    asking = asyncio.create_task(c.chat("m", stream=True))
-    await c.until(lambda: c.front._room.waiting == 1)
-    await asyncio.sleep(0.05)
+    client = await c.open({"model": "m", "stream": True, "messages": [{"role": "user"}]})
+    head = await client.read_until(b"\r\n\r\n")
+    await client.read_until(b"\n: ")
     agent.load_error = LoadFailed("the engine said no")
     agent.load_gate.set()
-    answer = await asking
-    event = answer.body.split(b"data: ")[-1].strip()
+    rest = await client.read_until(b"\r\n0\r\n\r\n")
+    await client.leave()
+    event = rest.split(b"data: ")[-1].partition(b"\n\n")[0]
     error = msgspec.json.decode(event, type=ErrorBody).error
-    assert (answer.status, error.code) == (200, "load_failed")
-    assert b"[DONE]" not in answer.body
+    assert head.startswith(b"HTTP/1.1 200")
+    assert error.code == "load_failed"
+    assert b"[DONE]" not in rest
 
 
 async def test_without_any_agent_a_request_waits_for_one_to_come(cluster):
@@ -203,10 +206,12 @@ async def test_min_replicas_are_loaded_without_a_request_and_again_when_lost(clu
     c = await cluster(agents=2)
     await c.register("m", min_replicas=2)
     await c.until(lambda: all("m" in agent.ready for agent in c.agents))
-    agent = c.agents[0]
+    agent, other = c.agents
     agent.ready.clear()
     await agent.beat()
     await c.until(lambda: "m" in agent.ready)
+    assert (len(agent.loads), len(other.loads)) == (2, 1)
+    assert agent.requests == other.requests == []
 
 
 async def test_a_queue_that_costs_more_than_a_load_scales_out(cluster):

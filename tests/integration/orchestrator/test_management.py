@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 import pytest
 
@@ -125,9 +123,12 @@ async def test_a_load_goes_on_when_the_operator_leaves(cluster):
     client = await c.open({"model": "m"}, "/api/load")
     await client.read_until(b"nvme")
     await client.leave()
-    await asyncio.sleep(0.1)
+    later = await c.open({"model": "m"}, "/api/load")
+    await later.read_until(b"nvme")  # of the same load
     c.agents[0].load_gate.set()
-    await c.until(lambda: "m" in c.agents[0].ready)
+    await later.read_until(b'"ready"')
+    await later.leave()
+    assert (len(c.agents[0].loads), c.agents[0].cancelled) == (1, 0)
 
 
 async def test_a_failed_load_ends_with_its_error(cluster):
