@@ -240,7 +240,8 @@ async def test_bytes_nobody_asked_for_end_a_kept_connection(
     await kept.gone()
     asking = asyncio.create_task(get(upstreams, backend_address))
     await serve(backend, EMPTY)
-    await asking
+    assert await asking == b""
+    assert backend.accepted == 2
 
 
 async def test_idle_connections_expire_before_their_peer_closes_them(
@@ -251,7 +252,8 @@ async def test_idle_connections_expire_before_their_peer_closes_them(
     await kept.gone()
     asking = asyncio.create_task(get(upstreams, backend_address))
     await serve(backend, EMPTY)
-    await asking
+    assert await asking == b""
+    assert backend.accepted == 2
 
 
 @pytest.mark.parametrize(
