@@ -27,6 +27,7 @@ from serverlessllm.core.errors import LoadFailed
 from serverlessllm.core.ids import Address
 from serverlessllm.edge.settings import UpstreamSettings
 from serverlessllm.edge.upstream import Upstreams
+from serverlessllm.testing.waiting import eventually, eventually_blocking
 
 SETTINGS = BackendSettings(term_s=0.3, log_bytes_max=64 * 1024, log_tail_lines=5)
 Start = Callable[..., BackendProcess]
@@ -102,9 +103,7 @@ async def client() -> AsyncIterator[Upstreams]:
 
 async def said(process: BackendProcess, word: str) -> None:
     """Return when it has printed the word."""
-    async with asyncio.timeout(10):
-        while not any(word in line for line in process.log_tail):
-            await asyncio.sleep(0.002)
+    await eventually(lambda: any(word in line for line in process.log_tail), 10)
 
 
 async def test_its_end_is_noticed_within_a_tenth_of_a_second(start: Start) -> None:
@@ -202,18 +201,15 @@ async def test_stop_ends_the_whole_group_even_if_it_resists(start: Start) -> Non
     await said(process, "deaf")
     await process.stop()
     assert process.exited.result() == -signal.SIGKILL
-    async with asyncio.timeout(5):  # killed is not gone: the kernel ends each in its own time
-        while list(session_members(process.pid)):
-            await asyncio.sleep(0.002)
+    # Killed is not gone: the kernel ends each in its own time.
+    await eventually(lambda: not list(session_members(process.pid)))
     await process.stop()
 
 
 async def test_children_do_not_outlive_a_leader_that_crashes(start: Start) -> None:
     process = start("import os, time\nif os.fork(): os._exit(1)\ntime.sleep(60)")
     assert await process.exited == 1
-    async with asyncio.timeout(5):
-        while list(session_members(process.pid)):
-            await asyncio.sleep(0.002)
+    await eventually(lambda: not list(session_members(process.pid)))
 
 
 async def test_a_flood_of_output_never_blocks_it_and_stays_capped(
@@ -280,10 +276,7 @@ def test_it_dies_with_whoever_started_it(tmp_path: Path) -> None:
         timeout=30,
     )
     pid = int(parent.stdout)
-    deadline_s = time.monotonic() + 5
-    while (stat := read_stat(pid)) is not None and stat.state != "Z":
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
+    eventually_blocking(lambda: (stat := read_stat(pid)) is None or stat.state == "Z")
 
 
 class TestOrphans:
@@ -297,13 +290,11 @@ class TestOrphans:
         return process
 
     def test_a_recorded_process_is_ended_with_its_children(self, tmp_path: Path) -> None:
-        process = self.leave(tmp_path, "sh", "-c", "sleep 60 & sleep 60")
+        process = self.leave(tmp_path, "sh", "-c", "sleep 60 & wait")
+        eventually_blocking(lambda: len(list(session_members(process.pid))) == 2)
         assert process.pid in kill_orphans(tmp_path)
         assert process.wait(5) == -signal.SIGKILL
-        deadline_s = time.monotonic() + 5
-        while list(session_members(process.pid)):
-            assert time.monotonic() < deadline_s
-            time.sleep(0.002)
+        eventually_blocking(lambda: not list(session_members(process.pid)))
         assert list(tmp_path.iterdir()) == []
 
     def test_somebody_elses_process_of_the_same_number_is_not(self, tmp_path: Path) -> None:
