@@ -12,9 +12,10 @@ from tests.e2e.served import Served, serving_anew
 
 from serverlessllm.agent.settings import AgentSettings
 from serverlessllm.core.ids import Address
-from serverlessllm.testing.answers import Answer, ask_chat, check_error, figure, within
+from serverlessllm.testing.answers import Answer, ask_chat, check_error, figure
 from serverlessllm.testing.hub import HubServer
 from serverlessllm.testing.management import call, register
+from serverlessllm.testing.waiting import eventually_blocking
 
 CROWD = 200
 NOTICED_S = 1.0
@@ -45,7 +46,7 @@ def crowd(system: Served, hub: HubServer, model: str) -> list[Answer]:
                 pool.submit(ask_chat, system.address, model, max_tokens=2) for _ in range(CROWD)
             ]
             waiting = "sllm_requests_waiting"
-            within(30, lambda: figure(system.address, waiting, model=model) == CROWD)
+            eventually_blocking(lambda: figure(system.address, waiting, model=model) == CROWD, 30)
             hub.gate.set()
             return [each.result() for each in asked]
     finally:
@@ -134,12 +135,12 @@ def test_a_client_that_leaves_is_noticed(system, model, stream):
     try:
         if model == "talking" and stream:
             client.read_until(b'"content":" ')
-        within(10, lambda: system.backend("running") == 1)
+        eventually_blocking(lambda: system.backend("running") == 1, 10)
         assert system.held() == 1
     finally:
         client.leave()
-    assert within(5, lambda: system.backend("running") == 0) < NOTICED_S
-    assert within(5, lambda: system.held() == 0) < NOTICED_S
+    assert eventually_blocking(lambda: system.backend("running") == 0, 5) < NOTICED_S
+    assert eventually_blocking(lambda: system.held() == 0, 5) < NOTICED_S
     assert figure(system.address, "sllm_clients_gone_total") == gone + 1
 
 
@@ -155,13 +156,13 @@ def test_a_client_that_leaves_a_loading_model_is_no_reason_to_start_it(system, h
             client.read_until(b"\n: ")  # a comment tells how far the load is
         finally:
             client.leave()
-        noticed = within(5, lambda: figure(system.address, waiting, model=model) == 0)
+        noticed = eventually_blocking(lambda: figure(system.address, waiting, model=model) == 0, 5)
         assert noticed < NOTICED_S
     finally:
         hub.gate.set()
     # What is fetched already is not thrown away; the engine is not started.
     jobs = f"/api/jobs/{model}"
-    within(30, lambda: call(system.address, "GET", jobs)["stage"] == "done")
+    eventually_blocking(lambda: call(system.address, "GET", jobs)["stage"] == "done", 30)
     assert system.starts(model) == 0
 
 
@@ -178,7 +179,7 @@ def test_a_client_that_does_not_read_holds_up_nobody_else(system):
             seen.append(system.backend("progress"))
             return len(seen) > 10 and len(set(seen[-10:])) == 1
 
-        within(30, stalled)
+        eventually_blocking(stalled, 30)
         assert system.backend("running") == 1
         for _ in range(20):
             answer = ask_chat(system.address, "flooding", max_tokens=1)
@@ -188,4 +189,4 @@ def test_a_client_that_does_not_read_holds_up_nobody_else(system):
         assert system.backend("progress") == seen[-1] + 20
     finally:
         client.leave()
-    assert within(5, lambda: system.backend("running") == 0) < NOTICED_S
+    assert eventually_blocking(lambda: system.backend("running") == 0, 5) < NOTICED_S

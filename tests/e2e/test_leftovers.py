@@ -13,10 +13,11 @@ import pytest
 from tests.e2e.served import Served, serving
 
 from serverlessllm.core.ids import Address
-from serverlessllm.testing.answers import Answer, ask_chat, connect, within
+from serverlessllm.testing.answers import Answer, ask_chat, connect
 from serverlessllm.testing.checkpoints import write_random_gguf
 from serverlessllm.testing.hub import HubServer
 from serverlessllm.testing.management import call, register
+from serverlessllm.testing.waiting import eventually_blocking
 
 CLIENTS = 12
 TOKENS = 60
@@ -94,7 +95,7 @@ def check_warm(system: Served, model: str) -> None:
         placements = call(system.address, "GET", f"/api/models/{model}")["placements"]
         return any(p["on_agent"]["cache_level"] == DRAM for p in placements)
 
-    within(GONE_S, placed)
+    eventually_blocking(placed, GONE_S)
     assert ask_chat(system.address, model, max_tokens=2).status == 200
     hops = call(system.address, "GET", f"/api/models/{model}")["last_load"]["hops"]
     assert sum(hop["bytes_moved"] for hop in hops) == 0
@@ -112,11 +113,11 @@ def test_after_a_storm_and_sigterm_nothing_is_left_but_the_cache(data_dir, weigh
             hub.gate.clear()
             pulled = pool.submit(ask_chat, system.address, "org/large", max_tokens=1)
             storm = [pool.submit(stream, system.address, "slow") for _ in range(CLIENTS)]
-            within(10, lambda: system.backend("progress") > CLIENTS)
+            eventually_blocking(lambda: system.backend("progress") > CLIENTS, 10)
             for number in range(CLIENTS):
                 pool.submit(stream, system.address, "slow", 1 + number)
                 pool.submit(ask_chat, system.address, "tiny", max_tokens=4)
-            within(10, lambda: kill_children(system, b"ingest.worker") == 1)
+            eventually_blocking(lambda: kill_children(system, b"ingest.worker") == 1, 10)
             assert kill_children(system, b"backends.inside.fake") == 1
             hub.gate.set()
             for each in storm:
@@ -126,7 +127,7 @@ def test_after_a_storm_and_sigterm_nothing_is_left_but_the_cache(data_dir, weigh
 
             # SIGTERM while streams run: they are finished, then all ends.
             last = [pool.submit(stream, system.address, "slow") for _ in range(4)]
-            within(10, lambda: system.backend("running") >= 4)
+            eventually_blocking(lambda: system.backend("running") >= 4, 10)
             children = system.children()
             assert len(children) >= 2
             assert system.process.stop() == 0
@@ -156,11 +157,11 @@ def test_after_kill_9_the_next_one_cleans_up(data_dir, weights, hub, tmp_path):
         hub.gate.clear()
         pending: list[Future[Answer]] = [pool.submit(ask_chat, system.address, "org/large")]
         storm = [pool.submit(stream, system.address, "slow") for _ in range(4)]
-        within(10, lambda: system.backend("progress") > 4)
-        within(10, lambda: len(system.children()) >= 3)
+        eventually_blocking(lambda: system.backend("progress") > 4, 10)
+        eventually_blocking(lambda: len(system.children()) >= 3, 10)
         children = system.children()
         system.process.kill()
-        within(GONE_S, lambda: alive(children) == [])
+        eventually_blocking(lambda: alive(children) == [], GONE_S)
         for each in storm:
             assert not is_whole(each.result())
         assert all(each.exception() is not None for each in pending)

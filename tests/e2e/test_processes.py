@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import openai
 import pytest
@@ -14,6 +13,7 @@ from serverlessllm.config.paths import derive
 from serverlessllm.config.settings import Settings
 from serverlessllm.testing.management import register
 from serverlessllm.testing.processes import sllm
+from serverlessllm.testing.waiting import eventually_blocking
 
 
 @pytest.mark.parametrize("verb", ["serve", "orchestrator", "agent"])
@@ -39,10 +39,7 @@ def test_a_second_ctrl_c_does_not_wait_for_answers(data_dir):
         ) as stream:
             next(iter(stream))
             os.kill(running.pid, signal.SIGINT)
-            deadline_s = time.monotonic() + 30
-            while "draining" not in running.log.read_text():
-                assert time.monotonic() < deadline_s
-                time.sleep(0.01)
+            eventually_blocking(lambda: "draining" in running.log.read_text(), 30)
             assert running.alive
             os.kill(running.pid, signal.SIGINT)
             assert running.wait() == 130

@@ -5,14 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from serverlessllm.core.ids import Address
 
 _TIMEOUT_S = 60.0
-_LOOK_S = 0.02
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """Of an error, where its status alone does not say it."""
 STAGES = ("queue", "place", "fetch", "read", "start", "ttft")
@@ -114,12 +112,3 @@ def figure(address: Address, name: str, **labels: str) -> float:
         if sample == name and all(f'{key}="{text}"' in carried for key, text in labels.items()):
             total += float(value)
     return total
-
-
-def within(seconds: float, happens: Callable[[], bool]) -> float:
-    """Look until it has happened in another process; after how many seconds it was seen."""
-    began_s = time.monotonic()
-    while not happens():
-        assert time.monotonic() - began_s < seconds, f"not within {seconds:g} s"
-        time.sleep(_LOOK_S)
-    return time.monotonic() - began_s
