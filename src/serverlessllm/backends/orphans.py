@@ -20,6 +20,7 @@ import msgspec
 from serverlessllm.backends.procfs import boot_id, read_stat, session_members
 
 RECORD = "process.json"
+_LOOKS_MAX = 100
 
 
 class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +62,14 @@ def _kill_session(record: ProcessRecord) -> Iterator[int]:
         return
     if leader is not None and leader.started_ticks != record.started_ticks:
         return
-    for member in session_members(record.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(member.pid, signal.SIGKILL)
-            yield member.pid
+    killed: set[int] = set()
+    # A member may fork while the others are looked at: look again until nobody is new.
+    for _ in range(_LOOKS_MAX):
+        found = {member.pid for member in session_members(record.pid)} - killed
+        if not found:
+            return
+        killed |= found
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                yield pid

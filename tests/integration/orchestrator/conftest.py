@@ -46,6 +46,7 @@ from serverlessllm.metadata.sqlite import SqliteMetadata
 from serverlessllm.openai.errors import render_error
 from serverlessllm.orchestrator.app import Orchestrator
 from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.testing.waiting import eventually
 
 TOKEN = "cluster-token-of-the-test"
 TIER = TierUsage(budget_bytes=1 << 40, used_bytes=0)
@@ -57,6 +58,7 @@ class ScriptedAgent:
     """Speaks the agent's API; what it does is set from outside."""
 
     def __init__(self, name: str, registry: Registry, address: Address) -> None:
+        self.probes = 0
         self.agent = AgentId(name)
         self.address = address
         self.ready: set[ModelId] = set()
@@ -116,6 +118,7 @@ class ScriptedAgent:
     async def _handle(self, request: Request) -> None:
         assert request.path == "/livez" or request.headers.get(TOKEN_HEADER) == TOKEN
         if request.path == "/livez":
+            self.probes += 1
             request.respond(200, (), b"ok\n")
         elif request.path == "/load":
             await self._load(request)
@@ -344,9 +347,7 @@ class Cluster:
             )
 
     async def until(self, holds: Callable[[], bool], within_s: float = 5.0) -> None:
-        async with asyncio.timeout(within_s):
-            while not holds():
-                await asyncio.sleep(0.005)
+        await eventually(holds, within_s)
 
     async def ask(
         self,
