@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Callable
 from enum import IntEnum
@@ -83,15 +84,14 @@ class Link(asyncio.Protocol):
         self.error: UpstreamError | None = None
         """Why the link is DEAD."""
         self.reusable = False
-        self.used = False
-        """Whether an exchange has gone well on it before."""
         self.untouched = True
         """Whether not one byte of an answer has come."""
         self.used = False
         """Whether it was kept after an answer: its peer may have closed it since."""
         self.passed_bytes = 0
         self.sink: Callable[[bytes], object] | None = None
-        self.idle_since_s = 0.0
+        self.idle_since_s = math.inf
+        """Not yet: a fresh connection is about to be used, and no sweep may take it for idle."""
         self.head_deadline_s: float | None = None
         self.idle_timeout_s: float | None = None
         self._waiter: asyncio.Future[None] | None = None

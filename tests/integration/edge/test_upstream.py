@@ -244,6 +244,19 @@ async def test_bytes_nobody_asked_for_end_a_kept_connection(
     assert backend.accepted == 2
 
 
+async def test_a_connection_that_waits_for_its_first_request_is_not_idle(
+    upstreams: Upstreams, backend: Backend, backend_address: Address, clock: VirtualClock
+) -> None:
+    pool = upstreams._open(backend_address)
+    link = await pool.connect()
+    peer = await backend.accept()
+    await clock.advance(10)
+    link.send(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", None, bodiless=False)
+    assert link.error is None
+    assert (await peer.request())[0] == "GET / HTTP/1.1"
+    link.abort()
+
+
 async def test_idle_connections_expire_before_their_peer_closes_them(
     upstreams: Upstreams, backend: Backend, backend_address: Address, clock: VirtualClock
 ) -> None:
