@@ -66,7 +66,7 @@ def _seconds(hops: tuple[HopTiming, ...], name: str) -> float:
 
 
 def _fetch_s(hops: tuple[HopTiming, ...]) -> float:
-    """One pass over the wire may fill several tiers: the slowest of them is its time."""
+    """Of the hops that crossed the wire, which run at once, the slowest is their time."""
     return max(
         (hop.seconds for hop in hops if hop.hop.startswith(("store→", "peer→"))), default=0.0
     )

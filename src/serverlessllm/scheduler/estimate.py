@@ -66,7 +66,8 @@ def slowest_hop_bytes_s(
 ) -> float:
     """Bandwidth of the slowest hop between where the bytes lie and the device; > 0.
 
-    From the store the hops run at once (one pass fills NVMe and DRAM), so the slowest is the pace.
+    From the store only the way into DRAM counts for a start (the NVMe copy is written behind it);
+    where both are known the slower one is taken, to be safe.
     """
     hops: list[float] = []
     if cache_level is CacheLevel.STORE:

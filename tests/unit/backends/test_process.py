@@ -140,6 +140,8 @@ async def test_a_server_that_cannot_tell_is_asked_until_it_is_ready(
     socket = tmp_path / "s.sock"
     process = start(SERVER, str(socket), address=Address(f"unix:{socket}"))
     await process.wait_ready(client)
+    assert socket.is_socket()
+    assert not process.exited.done()
 
 
 async def test_ending_before_ready_is_a_failed_load_with_its_status(
@@ -276,6 +278,7 @@ def test_it_dies_with_whoever_started_it(tmp_path: Path) -> None:
         timeout=30,
     )
     pid = int(parent.stdout)
+    assert pid > 1
     eventually_blocking(lambda: (stat := read_stat(pid)) is None or stat.state == "Z")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
-
 from serverlessllm.edge.limits import Sweeper
 from serverlessllm.testing.clock import VirtualClock
 
@@ -43,5 +41,8 @@ async def test_one_bad_tick_is_not_the_last() -> None:
 
 
 async def test_closing_what_never_started() -> None:
-    sweeper = Sweeper(lambda _: pytest.fail("ticked"), 1.0, VirtualClock())
-    await sweeper.close()
+    ticks: list[float] = []
+    clock = VirtualClock()
+    await Sweeper(ticks.append, 1.0, clock).close()
+    await clock.advance(3)
+    assert ticks == []

@@ -70,7 +70,7 @@ def test_keep_alive(keep_alive: object, seconds: float | None) -> None:
     ],
 )
 def test_what_clients_send_is_accepted(fields: dict[str, object]) -> None:
-    parse_chat(chat(**fields), LIMITS)
+    assert parse_chat(chat(**fields), LIMITS).model
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,12 @@ def test_what_is_not_a_json_object_in_bounds(body: bytes) -> None:
 
 
 def test_depth_is_counted_outside_of_strings() -> None:
-    parse_chat(with_field(b"[" * 63 + b"]" * 63), LIMITS)
-    parse_chat(chat(messages=[{"role": "u", "content": '[{"\\' * 200}]), LIMITS)
-    parse_chat(chat(messages=[{"role": "u", "content": "x"}] * 500), LIMITS)
+    bodies = (
+        with_field(b"[" * 63 + b"]" * 63),
+        chat(messages=[{"role": "u", "content": '[{"\\' * 200}]),
+        chat(messages=[{"role": "u", "content": "x"}] * 500),
+    )
+    assert all(parse_chat(body, LIMITS).model for body in bodies)
 
 
 json_values = st.recursive(
