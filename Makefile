@@ -10,10 +10,12 @@ help: ## List the targets
 setup: ## Build .venv with all that the demo and the tests need
 	@PYTHON=$(PYTHON) scripts/setup.sh
 
-demo: setup ## Start everything and send three chats; ONCE=1 exits after them
+demo: ## Start everything and send three chats; ONCE=1 exits after them
+	@PYTHON=$(PYTHON) scripts/setup.sh demo
 	@$(BIN)/sllm demo $(if $(ONCE),--once,)
 
-serve: setup ## Serve on 127.0.0.1:8000
+serve: ## Serve on 127.0.0.1:8000
+	@PYTHON=$(PYTHON) scripts/setup.sh demo
 	@$(BIN)/sllm serve
 
 test: setup ## Pass the checks and every test

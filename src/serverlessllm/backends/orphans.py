@@ -69,7 +69,8 @@ def _kill_session(record: ProcessRecord) -> Iterator[int]:
         if not found:
             return
         killed |= found
-        for pid in found:
+        # The leader first, so that it cannot answer the death of its children.
+        for pid in sorted(found, key=lambda pid: pid != record.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 yield pid

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from serverlessllm.backends.base import LaunchPlan
+from serverlessllm.backends.base import READY_FD, LaunchPlan
 from serverlessllm.backends.logs import OutputLog
 from serverlessllm.backends.orphans import record_process
 from serverlessllm.backends.settings import BackendSettings
@@ -25,7 +25,6 @@ from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import LoadFailed
 from serverlessllm.edge.upstream import UpstreamError, Upstreams
 
-READY_FD = "SLLM_READY_FD"
 _GUARD = ("setpriv", "--pdeathsig", "KILL", "--no-new-privs", "--")
 _INHERITED = frozenset({"PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"})
 _INHERITED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "ROCR_", "HIP_", "ONEAPI_")

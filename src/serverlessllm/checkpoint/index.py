@@ -40,6 +40,8 @@ KIND_GGUF = "gguf"
 BIN_NAME = "model.bin"
 IDX_NAME = "model.idx"
 
+_ABSENT_IF_NONE = frozenset({"base", "quantization"})
+"""Fields that came after version 1 had checkpoints: left out, so that ids stay what they were."""
 _BLAKE3 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -86,6 +88,19 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
     tensors: tuple[Tensor, ...]
 
 
+class Quantization(msgspec.Struct, frozen=True, kw_only=True):
+    """What the converter did to the weights: they are not the source's own."""
+
+    scheme: str
+    """`int8` or `int4`: weight-only."""
+    library: str
+    """Who did it, with its version."""
+    group_size: int | None = None
+    """Weights that share a scale; None: one scale a row."""
+    error: float
+    """Relative error of the quantised weights: ‖quantised − original‖ ÷ ‖original‖, over all."""
+
+
 class Index(msgspec.Struct, frozen=True, kw_only=True):
     """A whole `.idx`. Tensors and side files are sorted by offset."""
 
@@ -97,6 +112,9 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     license: str | None = None
     architecture: str | None = None
     """What the source calls it: `LlamaForCausalLM`, or a GGUF's `llama`."""
+    base: str | None = None
+    """Of an adapter: the model it adapts."""
+    quantization: Quantization | None = None
     kind: str
     """`tensors` (the layout of docs/checkpoint-format.md) or `gguf` (the `.bin` is a GGUF file)."""
     size_bytes: int
@@ -124,6 +142,8 @@ def encode_index(index: Index) -> bytes:
     lines = []
     for field in msgspec.structs.fields(Index):
         value = getattr(index, field.name)
+        if value is None and field.name in _ABSENT_IF_NONE:
+            continue
         if isinstance(value, dict):
             pairs = (_json(key) + ": " + _json(value[key]) for key in sorted(value))
             text = _block("{", pairs, "}")
@@ -185,10 +205,13 @@ def _check_version(data: bytes) -> None:
 
 
 def _check_head(index: Index) -> None:
-    for what in ("model", "source", "revision", "license", "architecture"):
+    for what in ("model", "source", "revision", "license", "architecture", "base"):
         text = getattr(index, what)
         if text is not None:
             check_text(text, f"index: {what}")
+    if index.quantization is not None:
+        check_text(index.quantization.scheme, "index: quantization scheme")
+        check_text(index.quantization.library, "index: quantization library")
     if index.kind not in {KIND_TENSORS, KIND_GGUF}:
         raise CheckpointError(f"index: unknown kind {index.kind[:40]!r}")
     if not 0 < index.size_bytes <= BIN_BYTES_MAX:

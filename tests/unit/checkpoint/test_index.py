@@ -85,7 +85,8 @@ def test_what_is_encoded_is_decoded(index: Index) -> None:
 
 def test_is_json_with_a_line_for_each_tensor_and_chunk() -> None:
     text = encode_index(GOOD).decode()
-    assert list(json.loads(text)) == list(Index.__struct_fields__)
+    later = {"base", "quantization"}  # absent unless they say something
+    assert list(json.loads(text)) == [x for x in Index.__struct_fields__ if x not in later]
     assert text.count('\n{"name":') == 3
     assert text.count('\n{"blake3":') == 2
     assert text.endswith("\n")
