@@ -1,0 +1,38 @@
+"""Fuzz one target: `python tests/fuzz/fuzz.py TARGET [libFuzzer's options] [CORPUS…]`.
+
+Coverage-guided by atheris (libFuzzer). Findings are written to the current folder as `crash-…`,
+and replayed by naming the file in place of a corpus.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import atheris
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+with atheris.instrument_imports(include=["serverlessllm.checkpoint"]):
+    from targets import TARGETS
+
+from bounded import Bounded  # noqa: E402 - found by the line above
+from mutate import mutate_json  # noqa: E402
+
+JSON_TARGETS = frozenset({"index", "safetensors_header", "shard_map"})
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+        raise SystemExit(f"usage: fuzz.py {{{','.join(TARGETS)}}} [options] [corpus…]")
+    name = sys.argv.pop(1)
+    words = HERE / "words" / f"{name}.dict"
+    options = [f"-dict={words}"] if words.exists() else []
+    mutator = {"custom_mutator": mutate_json} if name in JSON_TARGETS else {}
+    atheris.Setup([sys.argv[0], *options, *sys.argv[1:]], Bounded(TARGETS[name]), **mutator)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
