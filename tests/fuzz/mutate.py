@@ -10,7 +10,20 @@ from typing import Any
 import atheris
 
 _NUMBERS = (0, 1, -1, 7, 63, 64, 4096, 2**31, 2**32 - 1, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30)
-_OTHERS = (None, True, 0.5, 1e308, "", "../x", "a\u0000b", "\u202e", "x" * 600, [], {}, [[]])
+_OTHERS: tuple[Any, ...] = (
+    None,
+    True,
+    0.5,
+    1e308,
+    "",
+    "../x",
+    "a\u0000b",
+    "\u202e",
+    "x" * 600,
+    [],
+    {},
+    [[]],
+)
 
 Node = Any  # a list or a dict, with whatever key goes with it
 
