@@ -52,6 +52,8 @@ class HopTiming(msgspec.Struct, frozen=True, kw_only=True):
     """`queue`, `store→nvme`, `store→dram`, `nvme→dram`, `dram→device`, `start`."""
     bytes_moved: int = 0
     seconds: float = 0.0
+    first_s: float = 0.0
+    """Of `seconds`: until the first chunk was there, checked; 0 where nothing moves."""
     limit_bytes_s: float | None = None
     """Measured limit of this hop on this node; None where nothing moves."""
 

@@ -13,6 +13,8 @@ from serverlessllm.core.errors import LoadFailed, OutOfSpace, SLLMError
 from serverlessllm.core.ids import CheckpointId
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.loader.adoption import Leftovers, Spawn
+from serverlessllm.loader.arrivals import OnArriving
+from serverlessllm.loader.budget import Partial
 from serverlessllm.loader.indexes import Indexes
 from serverlessllm.loader.locks import is_being_written
 from serverlessllm.loader.pipeline import Job, Pipeline, Tier
@@ -57,11 +59,14 @@ class Bringer:
         self._spawn = spawn
         self._behind: dict[CheckpointId, asyncio.Task[None]] = {}
 
-    async def bring(self, ref: CheckpointRef, level: CacheLevel, report: Report) -> Brought:
-        """`ref` at `level` or nearer, held; raises what `Loader.load` does."""
+    async def bring(
+        self, ref: CheckpointRef, level: CacheLevel, report: Report, announce: OnArriving
+    ) -> Brought:
+        """`ref` at `level` or nearer, held; raises what `Loader.load` does. `announce` is called
+        at most once: what this process fills in DRAM becomes whole, or the load fails."""
         meter = Meter(self._clock, self._settings.progress_interval_s, report)
         with _disk_errors():
-            brought = await self._bring(ref, max(level, CacheLevel.DRAM), meter)
+            brought = await self._bring(ref, max(level, CacheLevel.DRAM), meter, announce)
         self._references.keep(brought.tier.level, brought.held)
         return brought
 
@@ -76,14 +81,16 @@ class Bringer:
             self._behind[checkpoint].cancel()
             await outlast(self._behind[checkpoint])
 
-    async def _bring(self, ref: CheckpointRef, wanted: CacheLevel, meter: Meter) -> Brought:
+    async def _bring(
+        self, ref: CheckpointRef, wanted: CacheLevel, meter: Meter, announce: OnArriving
+    ) -> Brought:
         await self._leftovers.check(ref.id)
         while True:
             found = await self._nearest(ref, wanted)
             if found is not None and found.tier.level <= wanted:
                 return found
             try:
-                brought = await self._copy(ref, wanted, found, meter)
+                brought = await self._copy(ref, wanted, found, meter, announce)
             finally:
                 if found is not None:
                     found.release()
@@ -121,7 +128,12 @@ class Bringer:
         return Brought(held=held, tier=tier, index=index, hops=())
 
     async def _copy(
-        self, ref: CheckpointRef, wanted: CacheLevel, found: Brought | None, meter: Meter
+        self,
+        ref: CheckpointRef,
+        wanted: CacheLevel,
+        found: Brought | None,
+        meter: Meter,
+        announce: OnArriving,
     ) -> Brought | None:
         """Carry out the plan; None when another process is doing so."""
         job = await self._job(ref, found)
@@ -129,20 +141,26 @@ class Bringer:
         budgets = {level: tier.budget_bytes for level, tier in self._tiers.items()}
         copy, *later = plan(job.index, nearest, wanted, budgets)
         source = None if found is None else found.held
-        behind = tuple(self._behind.values())  # each holds a copy in DRAM, for a moment
-        try:
-            filled = await self._pipeline.run(copy, job, source, meter)
-        except OutOfSpace:
-            if not behind:
-                raise
-            await asyncio.wait(behind)
-            filled = await self._pipeline.run(copy, job, source, meter)
-        if filled is None:
+        partial = await self._reserve(copy, job)
+        if partial is None:
             return None
+        filled = await self._pipeline.run(copy, job, source, partial, meter, announce)
         for copy in later:
             self._write_behind(copy, job, filled.held.share())
         tier = self._tiers[wanted].directory
         return Brought(held=filled.held, tier=tier, index=job.index, hops=filled.hops)
+
+    async def _reserve(self, copy: Copy, job: Job) -> Partial | None:
+        """Room in the target. Copies that are being written behind hold DRAM for a moment: their
+        end is worth waiting for."""
+        behind = tuple(self._behind.values())
+        try:
+            return await self._pipeline.reserve(copy, job)
+        except OutOfSpace:
+            if not behind:
+                raise
+            await asyncio.wait(behind)
+            return await self._pipeline.reserve(copy, job)
 
     async def _job(self, ref: CheckpointRef, found: Brought | None) -> Job:
         data = None
@@ -170,13 +188,15 @@ class Bringer:
         meter = Meter(self._clock, self._settings.progress_interval_s, _tell_nobody)
         try:
             with _disk_errors():
-                filled = await self._pipeline.run(copy, job, source, meter)
+                partial = await self._pipeline.reserve(copy, job)
+                if partial is None:
+                    return
+                filled = await self._pipeline.run(copy, job, source, partial, meter)
         except SLLMError as error:  # the load itself succeeded; the next one is slower
             _log.warning("no nvme copy", checkpoint=job.ref.id, code=error.code)
             return
-        if filled is not None:
-            self._references.keep(copy.target, filled.held)
-            filled.held.release()
+        self._references.keep(copy.target, filled.held)
+        filled.held.release()
 
     async def _wait_for_peer(self, ref: CheckpointRef, wanted: CacheLevel, meter: Meter) -> None:
         """Return when whoever fills the tier's copy has let go of it: finished, or died.

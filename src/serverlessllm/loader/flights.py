@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import Draining
+from serverlessllm.loader.arrivals import Arriving, OnArriving
 from serverlessllm.loader.progress import LoadProgress, Report
 from serverlessllm.loader.workers import outlast
 
@@ -26,25 +27,38 @@ class Flight(Generic[T]):
     """A load to `level` and its waiters. It holds the result until the last waiter has left, so
     that each can take a reference of its own."""
 
-    def __init__(self, level: CacheLevel, run: Callable[[Report], Coroutine[Any, Any, T]]) -> None:
+    def __init__(
+        self, level: CacheLevel, run: Callable[[Report, OnArriving], Coroutine[Any, Any, T]]
+    ) -> None:
         self.level = level
         self._listeners: list[Report] = []
         self._last: LoadProgress | None = None
+        self._early: list[OnArriving] = []
+        self._arriving: Arriving | None = None
         self._waiters = 0
-        self.task = asyncio.create_task(run(self._report), name="loader.flight")
+        self.task = asyncio.create_task(run(self._report, self._arrives), name="loader.flight")
 
     @property
     def joinable(self) -> bool:
         """False once it has ended, or its last waiter has left."""
         return not self.task.done() and not self.task.cancelling()
 
-    async def join(self, take: Callable[[T], S], on_progress: Report | None) -> S:
+    async def join(
+        self,
+        take: Callable[[T], S],
+        on_progress: Report | None,
+        on_arriving: OnArriving | None,
+    ) -> S:
         """Wait for the result and take from it; several may, each gets the same error.
 
         Raises:
             Draining: the loader was closed.
         """
         self._waiters += 1
+        if on_arriving is not None:
+            self._early.append(on_arriving)
+            if self._arriving is not None and not self._arriving.ended:
+                on_arriving(self._arriving)
         if on_progress is not None:
             self._listeners.append(on_progress)
             if self._last is not None:
@@ -57,6 +71,8 @@ class Flight(Generic[T]):
         finally:
             if on_progress is not None:
                 self._listeners.remove(on_progress)
+            if on_arriving is not None:
+                self._early.remove(on_arriving)
             self._waiters -= 1
             if not self._waiters:
                 await self._end()
@@ -72,3 +88,8 @@ class Flight(Generic[T]):
         self._last = progress
         for listener in tuple(self._listeners):
             listener(progress)
+
+    def _arrives(self, arriving: Arriving) -> None:
+        self._arriving = arriving
+        for listener in tuple(self._early):
+            listener(arriving)

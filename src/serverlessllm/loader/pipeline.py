@@ -14,6 +14,7 @@ from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.agentapi import HopTiming
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.models import CheckpointRef
+from serverlessllm.loader.arrivals import Arriving, OnArriving
 from serverlessllm.loader.budget import Partial, reserve
 from serverlessllm.loader.moves import Moves
 from serverlessllm.loader.plan import ChunkRange, Copy, hop_name
@@ -26,8 +27,9 @@ from serverlessllm.loader.tiers.nvme import DirectFile
 from serverlessllm.loader.tiers.remote import RemoteFile
 from serverlessllm.loader.workers import Threads, finish, for_each
 from serverlessllm.store.checkpoints import CheckpointStore
-from serverlessllm.telemetry import span
+from serverlessllm.telemetry import log, span
 
+_log = log("loader")
 _STORE_SLACK = 2
 """Chunks that are being checked or written while the store's reads are all in flight."""
 
@@ -77,29 +79,64 @@ class Pipeline:
         self._files = files
         self._copies = copies
 
-    async def run(self, copy: Copy, job: Job, source: Held | None, meter: Meter) -> Filled | None:
-        """Make the copy; None when the target needs none (it is there, or another process is
-        filling it). `source` is the copy's source unless that is the store.
+    async def reserve(self, copy: Copy, job: Job) -> Partial | None:
+        """Room for the copy, which `run` uses up; None when the target needs none (it is there,
+        or another process is filling it).
+
+        Raises:
+            OutOfSpace, LoadFailed, OSError
+        """
+        tier = self._tiers[copy.target]
+        return await self._files.run_or_undo(
+            _abandon,
+            reserve,
+            tier.directory,
+            job.ref.id,
+            job.index.size_bytes,
+            tier.budget_bytes,
+        )
+
+    async def run(
+        self,
+        copy: Copy,
+        job: Job,
+        source: Held | None,
+        partial: Partial,
+        meter: Meter,
+        announce: OnArriving | None = None,
+    ) -> Filled:
+        """Make the copy. `source` is the copy's source unless that is the store. A file that is
+        filled in DRAM is announced before its first byte.
 
         Raises:
             OutOfSpace, StoreUnavailable, CheckpointError, CorruptChunk, OSError
         """
-        tier = self._tiers[copy.target]
-        size = job.index.size_bytes
-        partial = await self._files.run_or_undo(
-            _abandon, reserve, tier.directory, job.ref.id, size, tier.budget_bytes
+        arriving = Arriving(
+            job.ref.id,
+            job.index,
+            job.index_bytes,
+            bin_path=self._tiers[copy.target].directory.bin_path(job.ref.id),
+            fd=partial.fd,
         )
-        if partial is None:
-            return None
         try:
-            hops = await self._fill(copy, job, source, partial, meter)
+            if announce is not None and copy.target is CacheLevel.DRAM:
+                announce(arriving)
+            hops = await self._fill(copy, job, source, partial, meter, arriving)
             held = await self._files.run_or_undo(Held.release, partial.commit, job.index_bytes)
+            arriving.end(whole=True)
         finally:
+            arriving.end(whole=False)
             await finish(self._files.run(partial.abandon))
         return Filled(held=held, hops=hops)
 
     async def _fill(
-        self, copy: Copy, job: Job, source: Held | None, partial: Partial, meter: Meter
+        self,
+        copy: Copy,
+        job: Job,
+        source: Held | None,
+        partial: Partial,
+        meter: Meter,
+        arriving: Arriving,
     ) -> tuple[HopTiming, ...]:
         settings = self._settings
         remote = RemoteFile(
@@ -121,6 +158,13 @@ class Pipeline:
             async def moved(chunk: ChunkRange) -> None:
                 await move(chunk)
                 meter.add(chunk.size_bytes)
+                _log.debug(
+                    "arrived",
+                    checkpoint=job.ref.id,
+                    number=chunk.number,
+                    after_s=round(meter.elapsed_s, 6),
+                )
+                arriving.add(chunk.number)
 
             width = settings.copy_threads
             if copy.source is CacheLevel.STORE:
@@ -129,9 +173,10 @@ class Pipeline:
             meter.begin(copy.hop, copy.size_bytes)
             with span("loader.copy", loud=True, hop=copy.hop, checkpoint=job.ref.id) as measured:
                 await for_each(copy.chunks, min(width, len(copy.chunks)), moved)
-                measured.note(bytes_moved=copy.size_bytes)
+                measured.note(bytes_moved=copy.size_bytes, first_s=round(meter.first_s, 6))
             elapsed_s = meter.elapsed_s
-        hops = [self._speeds.record(copy.hop, copy.size_bytes, elapsed_s)]
+        timing = self._speeds.record(copy.hop, copy.size_bytes, elapsed_s)
+        hops = [msgspec.structs.replace(timing, first_s=meter.first_s)]
         if moves.refetched_bytes:
             hop = hop_name(CacheLevel.STORE, copy.target)
             hops.append(HopTiming(hop=hop, bytes_moved=moves.refetched_bytes))

@@ -1,6 +1,7 @@
 """What to copy and what to give up for it: functions of values, no I/O.
 
-The bytes of a `.bin` lie in execution order, so chunks by number are execution order too.
+The tensors of a `.bin` lie in execution order, so chunks by number are execution order too; only
+the side files behind them are wanted earlier: an engine reads its config before its first layer.
 """
 
 from __future__ import annotations
@@ -103,11 +104,21 @@ def plan(
 
 
 def chunk_ranges(index: Index) -> tuple[ChunkRange, ...]:
-    """All chunks of a `.bin`, in execution order."""
-    return tuple(
+    """All chunks of a `.bin` in the order in which an engine wants them: those with side files,
+    then execution order."""
+    chunks = tuple(
         ChunkRange(number=number, offset=offset, size_bytes=size)
         for number, (offset, size) in enumerate(map(index.chunk_range, range(len(index.chunks))))
     )
+    early = {
+        number
+        for file in index.side_files
+        for number in range(
+            file.offset // index.chunk_bytes,
+            -(-(file.offset + file.size_bytes) // index.chunk_bytes),
+        )
+    }
+    return tuple(sorted(chunks, key=lambda chunk: chunk.number not in early))
 
 
 def evictions(state: TierState, needed_bytes: int) -> tuple[Entry, ...]:

@@ -21,6 +21,8 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
     bytes_total: int
     eta_s: float | None = None
     """Seconds until this hop is done; None rather than a guess."""
+    elapsed_s: float = 0.0
+    """Since the hop began."""
 
 
 Report = Callable[[LoadProgress], None]
@@ -40,14 +42,18 @@ class Meter:
         self._hop = hop
         self._total = bytes_total
         self._done = 0
+        self.first_s = 0.0
+        """From the hop's beginning to its first bytes."""
         self._begun_s = self._told_s = self._clock.now_s()
         if hop:
             self._tell(None)
 
     def add(self, count: int) -> None:
         """So many bytes more have arrived."""
-        self._done += count
         now_s = self._clock.now_s()
+        if not self._done:
+            self.first_s = now_s - self._begun_s
+        self._done += count
         if now_s - self._told_s < self._interval_s and self._done < self._total:
             return
         self._told_s = now_s
@@ -61,5 +67,11 @@ class Meter:
 
     def _tell(self, eta_s: float | None) -> None:
         self._report(
-            LoadProgress(hop=self._hop, bytes_done=self._done, bytes_total=self._total, eta_s=eta_s)
+            LoadProgress(
+                hop=self._hop,
+                bytes_done=self._done,
+                bytes_total=self._total,
+                eta_s=eta_s,
+                elapsed_s=self.elapsed_s,
+            )
         )

@@ -13,6 +13,7 @@ from serverlessllm.core.errors import Draining, SLLMError
 from serverlessllm.core.ids import CheckpointId
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.loader.adoption import Leftovers, sweep
+from serverlessllm.loader.arrivals import Arriving, OnArriving
 from serverlessllm.loader.bring import Bringer
 from serverlessllm.loader.budget import evict, trim
 from serverlessllm.loader.flights import Flight
@@ -35,7 +36,7 @@ from serverlessllm.store.checkpoints import CheckpointStore
 from serverlessllm.telemetry import log, span
 from serverlessllm.telemetry.table import LOADS, TIER_BUDGET_BYTES, TIER_USED_BYTES
 
-__all__ = ["LoadProgress", "Loader", "Resident"]
+__all__ = ["Arriving", "LoadProgress", "Loader", "Resident"]
 
 _log = log("loader")
 _FILE_THREADS = 2
@@ -123,12 +124,18 @@ class Loader:
         ref: CheckpointRef,
         level: CacheLevel,
         on_progress: Report | None = None,
+        on_arriving: OnArriving | None = None,
     ) -> Resident:
         """Bring a checkpoint to `level` or nearer, and hold it there.
 
         Concurrent loads of one checkpoint share one copy. Cancelling a caller ends the copy only
         when no other waits for it. On a CPU, DEVICE is DRAM: an engine maps the file. From the
         store to DRAM, the nvme copy is written after the answer, from DRAM.
+
+        `on_arriving` is called at most once, and only while this process fills the file in DRAM:
+        once its length is reserved and before its first byte, or when joining later. An engine
+        may begin on what has arrived; the checkpoint is held for it by its being filled, and by
+        the `Resident` after that.
 
         Raises:
             ValueError: `level` is STORE.
@@ -141,7 +148,7 @@ class Loader:
             raise ValueError("a load has a tier of this node as its target")
         with span("loader.load", checkpoint=ref.id, tier=level.tier):
             try:
-                resident = await self._join(ref, level, on_progress)
+                resident = await self._join(ref, level, on_progress, on_arriving)
             except SLLMError as error:
                 LOADS.inc(error.code)
                 raise
@@ -197,7 +204,11 @@ class Loader:
         self._references.unpin(checkpoint)
 
     async def _join(
-        self, ref: CheckpointRef, level: CacheLevel, on_progress: Report | None
+        self,
+        ref: CheckpointRef,
+        level: CacheLevel,
+        on_progress: Report | None,
+        on_arriving: OnArriving | None,
     ) -> Resident:
         wanted = max(level, CacheLevel.DRAM)
         while True:
@@ -205,12 +216,17 @@ class Loader:
                 raise Draining("the agent is shutting down; ask another")
             flight = self._flights.get(ref.id) or self._take_off(ref, wanted)
             if flight.joinable and flight.level <= wanted:
-                return await flight.join(lambda brought: self._refer(brought, level), on_progress)
+                return await flight.join(
+                    lambda brought: self._refer(brought, level), on_progress, on_arriving
+                )
             # Its last waiter has left, or it goes less far than this one must.
             await asyncio.wait((flight.task,))
 
     def _take_off(self, ref: CheckpointRef, wanted: CacheLevel) -> Flight[Brought]:
-        flight = Flight(wanted, lambda report: self._bringer.bring(ref, wanted, report))
+        flight = Flight(
+            wanted,
+            lambda report, announce: self._bringer.bring(ref, wanted, report, announce),
+        )
         self._flights[ref.id] = flight
         flight.task.add_done_callback(lambda _: self._flights.pop(ref.id))
         return flight

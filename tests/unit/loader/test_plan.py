@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serverlessllm.checkpoint.index import Chunk, Index
+from serverlessllm.checkpoint.index import Chunk, Index, SideFile
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import OutOfSpace
 from serverlessllm.core.ids import CheckpointId
@@ -43,6 +44,18 @@ def test_chunk_ranges_cover_the_file_once_in_order(size: int) -> None:
         assert 0 < chunk.size_bytes <= CHUNK_BYTES
         end += chunk.size_bytes
     assert end == size
+
+
+def test_chunks_with_side_files_come_first_the_others_in_execution_order() -> None:
+    files = (("config.json", 5, 6), ("empty.json", 6, 0), ("tokenizer.json", 6, 2 * CHUNK_BYTES))
+    index = msgspec.structs.replace(
+        index_of(8 * CHUNK_BYTES),
+        side_files=tuple(
+            SideFile(name=name, offset=chunk * CHUNK_BYTES, size_bytes=size)
+            for name, chunk, size in files
+        ),
+    )
+    assert [chunk.number for chunk in chunk_ranges(index)] == [5, 6, 7, 0, 1, 2, 3, 4]
 
 
 @given(SIZES, LEVELS, TARGETS, st.integers(0, 50 * CHUNK_BYTES), st.integers(0, 50 * CHUNK_BYTES))
