@@ -44,6 +44,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """Requests one instance runs at once."""
     layered: bool = False
     """It may be started while its checkpoint still moves to DRAM, and waits for each layer."""
+    template: str | None = None
+    """Of the `LaunchPlan` to come: to be got ready while the bytes move."""
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,43 +1,28 @@
 """One backend process: started, watched, drained and stopped, with all that it started.
 
-It leads its own session and group, dies with the agent (`setpriv --pdeathsig`), and gets an
-environment without credentials. Its end is an event (a pidfd), not a poll.
+It is executed, or forked by a template process that has its imports behind it; who supervises it
+sees no difference.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from serverlessllm.backends.base import READY_FD, LaunchPlan
+from serverlessllm.backends.base import ARRIVALS_FD, READY_FD, LaunchPlan
+from serverlessllm.backends.child import Child, Setting, clean_environment, execute
 from serverlessllm.backends.logs import OutputLog
-from serverlessllm.backends.orphans import record_process
 from serverlessllm.backends.settings import BackendSettings
+from serverlessllm.backends.template import Templates
 from serverlessllm.backends.waits import first
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import LoadFailed
 from serverlessllm.edge.upstream import UpstreamError, Upstreams
-
-_GUARD = ("setpriv", "--pdeathsig", "KILL", "--no-new-privs", "--")
-_INHERITED = frozenset({"PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"})
-_INHERITED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "ROCR_", "HIP_", "ONEAPI_")
-
-
-def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a backend may know of our environment: a list of names, so no credential by default."""
-    kept = {
-        name: value
-        for name, value in environ.items()
-        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
-    }
-    return {"PATH": os.defpath} | kept
 
 
 async def until_answering(
@@ -74,8 +59,14 @@ class BackendProcess:
         environ: Mapping[str, str],
         settings: BackendSettings,
         clock: Clock,
+        descriptors: Mapping[str, int] | None = None,
+        templates: Templates | None = None,
     ) -> None:
-        """Start it. `run_dir` exists, is private, and is removed by `stop`.
+        """Start it: at once, or, when the plan names a template and there are `templates`, as
+        soon as that can fork. `run_dir` exists, is private, and is removed by `stop`.
+
+        `descriptors` are inherited, each under the number that the variable of its name will
+        tell; the caller keeps its own copies and closes them when it likes.
 
         Raises:
             LoadFailed: the command cannot be started.
@@ -84,35 +75,38 @@ class BackendProcess:
         self._settings = settings
         self._clock = clock
         self._run_dir = run_dir
-        loop = asyncio.get_running_loop()
-        self.exited: asyncio.Future[int] = loop.create_future()
+        self._templates = templates
+        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         """Its exit status (negative: the signal that ended it), at once when it has ended."""
-        self._told: asyncio.Future[None] = loop.create_future()
+        self._told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._log = OutputLog(
             log_path, bytes_max=settings.log_bytes_max, tail_lines=settings.log_tail_lines
         )
         self._ready_pipe = -1
-        try:
-            self._popen = self._spawn(clean_environment(environ) | plan.environment)
-        except OSError as error:
-            self._close()
-            raise LoadFailed(
-                f"the backend's command {plan.command[0]!r} cannot be started: {error.strerror}"
-            ) from error
-        try:
-            record_process(run_dir, self.pid)
-            self._pidfd = os.pidfd_open(self.pid)
-        except OSError as error:  # a full disk, too many open files: it must not run unwatched
-            os.killpg(self.pid, signal.SIGKILL)
-            self._popen.wait()
-            self._close()
-            raise LoadFailed(f"the backend cannot be watched over: {error.strerror}") from error
-        loop.add_reader(self._pidfd, self._reap)
+        self._child: Child | None = None
+        self._forking: asyncio.Task[None] | None = None
+        self._forked = False
+        with contextlib.ExitStack() as lent:
+            try:
+                setting = self._lend(
+                    clean_environment(environ) | plan.environment, descriptors or {}, lent
+                )
+                if templates is None or plan.template is None:
+                    self._own(execute(plan.command, setting))
+                    return
+            except OSError as error:
+                self._close()
+                raise _cannot_start(plan, error) from error
+            self._forking = asyncio.create_task(
+                self._fork(templates, plan.template, setting, lent.pop_all()), name="fork"
+            )
 
     @property
     def pid(self) -> int:
-        """Of the leader; also its group and its session."""
-        return self._popen.pid
+        """Of the leader; also its group and its session. From `wait_ready` on."""
+        if self._child is None:
+            raise AssertionError("asked for the pid before it was started")
+        return self._child.pid
 
     @property
     def log_tail(self) -> tuple[str, ...]:
@@ -123,7 +117,7 @@ class BackendProcess:
         """Return when it answers 200 on its ready path.
 
         Raises:
-            LoadFailed: it ended first, or its time is over.
+            LoadFailed: it cannot be started, it ended first, or its time is over.
         """
         answers = asyncio.ensure_future(self._answers(upstreams))
         try:
@@ -134,6 +128,7 @@ class BackendProcess:
                     "the agent's log has its last lines"
                 )
             if not answers.done():
+                self._distrust_template()
                 raise LoadFailed(
                     f"the backend was not ready within {self._plan.ready_timeout_s:g} s"
                 )
@@ -150,50 +145,95 @@ class BackendProcess:
     async def stop(self) -> None:
         """End the whole group, SIGTERM first, and leave nothing of it behind. Idempotent."""
         try:
-            self._signal(signal.SIGTERM)
-            await self.ended_within(self._settings.term_s)
+            if self._forking is not None:
+                self._forking.cancel()
+                await asyncio.gather(self._forking, return_exceptions=True)
+            if self._child is not None:
+                self._child.signal(signal.SIGTERM)
+                await self.ended_within(self._settings.term_s)
         finally:
             self.kill()
-            await self.ended_within(self._settings.kill_s)
+            if self._child is not None:
+                await self.ended_within(self._settings.kill_s)
             self._close()
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
     def kill(self) -> None:
         """SIGKILL to the whole group, now."""
-        self._signal(signal.SIGKILL)
+        if self._child is not None:
+            self._child.signal(signal.SIGKILL)
 
-    def _spawn(self, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        if shutil.which(self._plan.command[0], path=environment["PATH"]) is None:
-            # The guard would find out too, but only its log would tell.
-            raise FileNotFoundError(errno.ENOENT, "no such program on the agent's PATH")
-        guard = _GUARD if shutil.which(_GUARD[0]) else ()
+    def _lend(
+        self,
+        environment: dict[str, str],
+        descriptors: Mapping[str, int],
+        lent: contextlib.ExitStack,
+    ) -> Setting:
+        """What the process will find; `lent` closes our copies of its descriptors."""
         output, output_end = os.pipe()
         self._log.drain(output)
-        inherited = []
-        try:
-            if self._plan.tells_ready:
-                self._ready_pipe, ready_end = os.pipe()
-                inherited.append(ready_end)
-                environment[READY_FD] = str(ready_end)
-                asyncio.get_running_loop().add_reader(self._ready_pipe, self._heard)
-            # In the loop's own thread: the signal at the parent's death is for the death of the
-            # thread that started the child.
-            return subprocess.Popen(
-                [*guard, *self._plan.command],
-                stdin=subprocess.DEVNULL,
-                stdout=output_end,
-                stderr=subprocess.STDOUT,
-                cwd=self._run_dir,
-                env=environment,
-                start_new_session=True,
-                pass_fds=inherited,
-            )
-        finally:
-            for descriptor in (output_end, *inherited):
-                os.close(descriptor)
+        lent.callback(os.close, output_end)
+        inherited = {}
+        if self._plan.tells_ready:
+            self._ready_pipe, inherited[READY_FD] = os.pipe()
+            lent.callback(os.close, inherited[READY_FD])
+            asyncio.get_running_loop().add_reader(self._ready_pipe, self._heard)
+        for name, descriptor in descriptors.items():
+            inherited[name] = os.dup(descriptor)
+            lent.callback(os.close, inherited[name])
+        return Setting(
+            environment=environment,
+            run_dir=self._run_dir,
+            output=output_end,
+            descriptors=inherited,
+        )
+
+    async def _fork(
+        self, templates: Templates, module: str, setting: Setting, lent: contextlib.ExitStack
+    ) -> None:
+        """Become a fork of the template; executed, where there is none to be had."""
+        with lent:
+            child = await templates.fork(module, self._plan.command[-1], setting)
+            self._forked = child is not None
+            if child is not None:
+                self._own(child)
+                if await self._comes_up(child, setting):
+                    return
+                self._distrust_template()
+                self._child = None
+                child.signal(signal.SIGKILL)
+                await child.exited
+            try:
+                self._own(execute(self._plan.command, setting))
+            except OSError as error:
+                raise _cannot_start(self._plan, error) from error
+
+    async def _comes_up(self, child: Child, setting: Setting) -> bool:
+        """False: the fork hangs, and another process may take its place (which it may not once
+        somebody has read what arrived)."""
+        if not self._plan.tells_ready or ARRIVALS_FD in setting.descriptors:
+            return True
+        limit = self._clock.sleep(self._settings.template_ready_timeout_s)
+        await first(self._told, child.exited, limit)
+        return self._told.done() or child.exited.done()
+
+    def _distrust_template(self) -> None:
+        if self._forked and self._templates is not None and self._plan.template is not None:
+            self._templates.distrust(self._plan.template)
+
+    def _own(self, child: Child) -> None:
+        self._child = child
+
+        def ended(status: asyncio.Future[int]) -> None:
+            if self._child is child:
+                self.exited.set_result(status.result())
+
+        child.exited.add_done_callback(ended)
 
     async def _answers(self, upstreams: Upstreams) -> None:
         """Return when a probe is answered 200, not asking before the process has told."""
+        if self._forking is not None:
+            await asyncio.shield(self._forking)
         if self._plan.tells_ready:
             await self._told
         await until_answering(self._plan, upstreams, self._clock, self._settings)
@@ -205,20 +245,6 @@ class BackendProcess:
             self._told.set_result(None)
         self._close_ready_pipe()
 
-    def _reap(self) -> None:
-        """The leader has ended. Until it is waited for, its number is nobody else's, so this is
-        the moment to end the rest of its group."""
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.exited.set_result(self._popen.wait())
-
-    def _signal(self, number: signal.Signals) -> None:
-        if not self.exited.done():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
-
     def _close(self) -> None:
         self._told.cancel()
         self._close_ready_pipe()
@@ -229,3 +255,9 @@ class BackendProcess:
             asyncio.get_running_loop().remove_reader(self._ready_pipe)
             os.close(self._ready_pipe)
             self._ready_pipe = -1
+
+
+def _cannot_start(plan: LaunchPlan, error: OSError) -> LoadFailed:
+    return LoadFailed(
+        f"the backend's command {plan.command[0]!r} cannot be started: {error.strerror}"
+    )

@@ -26,3 +26,22 @@ class BackendSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Backends whose logs are kept; the oldest go first."""
     log_tail_lines: int = 20
     """Last lines of its output that a crash report shows."""
+    templates_preload: tuple[str, ...] = ()
+    """Templates to start with the agent; the others start when a model first needs them. A
+    template is a process that holds an engine's imports, so that an instance is a fork of it."""
+    templates_max: int = 4
+    """Template processes kept at once; the least recently used goes first."""
+    template_idle_s: float = 3600.0
+    """A template that has forked nothing for so long is ended, to give its memory back."""
+    template_start_timeout_s: float = 120.0
+    """How long a template may import."""
+    template_wait_s: float = 30.0
+    """How long a launch waits for a template that is starting; then it does without."""
+    template_fork_timeout_s: float = 5.0
+    """How long a template may take to fork; then the launch does without."""
+    template_ready_timeout_s: float = 30.0
+    """How long a fork may take to be ready; then it is killed and the launch does without."""
+    template_restart_s_min: float = 0.5
+    """First pause before a template that failed is started again; it doubles."""
+    template_restart_s_max: float = 600.0
+    """Longest such pause."""

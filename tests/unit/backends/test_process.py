@@ -18,8 +18,9 @@ import pytest
 import uvloop
 
 from serverlessllm.backends.base import LaunchPlan
+from serverlessllm.backends.child import clean_environment
 from serverlessllm.backends.orphans import RECORD, kill_orphans, record_process
-from serverlessllm.backends.process import BackendProcess, clean_environment
+from serverlessllm.backends.process import BackendProcess
 from serverlessllm.backends.procfs import read_stat, session_cpu_s, session_members
 from serverlessllm.backends.settings import BackendSettings
 from serverlessllm.core.clock import SystemClock
