@@ -14,8 +14,8 @@ from typing import Any
 from serverlessllm.core.errors import CorruptChunk
 from serverlessllm.core.ids import CheckpointId
 from serverlessllm.loader.indexes import Indexes
-from serverlessllm.loader.moves import is_whole
 from serverlessllm.loader.plan import ChunkRange, chunk_ranges
+from serverlessllm.loader.pour import is_whole
 from serverlessllm.loader.residency import Held, TierDirectory
 from serverlessllm.loader.tiers.dram import DramFile
 from serverlessllm.loader.workers import Threads, for_each
@@ -103,7 +103,7 @@ class Leftovers:
         if index is None or index.size_bytes != held.size_bytes:
             raise CorruptChunk("its index is missing, or its size is wrong")
         async with self._copies.leaving() as stack:
-            dram = DramFile(held.fd, held.size_bytes, writable=False)
+            dram = DramFile(held.fd, held.size_bytes)
             stack.callback(dram.close)
 
             async def check(chunk: ChunkRange) -> None:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import OutOfSpace
@@ -106,9 +109,9 @@ def reserve(
         tier.sweep()
         if tier.bin_path(checkpoint).exists() or tier.partial_path(checkpoint).exists():
             return None
-        _make_room(tier, size_bytes, budget_bytes)
         path = tier.partial_path(checkpoint)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        _make_room(tier, size_bytes, budget_bytes, heir=path)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             lock_exclusive(fd)
             with full_is_out_of_space(tier.level):
@@ -126,7 +129,7 @@ def evict(tier: TierDirectory, checkpoint: CheckpointId) -> int:
     """Drop one checkpoint if nobody holds it; the bytes freed."""
     with contextlib.ExitStack() as locked, tier.lock():
         for file in tier.scan():
-            if file.checkpoint == checkpoint and file.whole and _take(file, locked):
+            if file.checkpoint == checkpoint and file.whole and _take(file, locked) is not None:
                 _drop(tier, checkpoint)
                 return file.size_bytes
     return 0
@@ -138,9 +141,18 @@ def trim(tier: TierDirectory, budget_bytes: int) -> None:
         _make_room(tier, 0, budget_bytes)
 
 
-def _make_room(tier: TierDirectory, needed_bytes: int, budget_bytes: int) -> None:
-    """Decide on what is true while every lock is held, then drop."""
+def _make_room(
+    tier: TierDirectory, needed_bytes: int, budget_bytes: int, heir: Path | None = None
+) -> None:
+    """Decide on what is true while every lock is held, then drop. The memory of the first that is
+    dropped may become the file `heir`: see `_bequeath`."""
     with contextlib.ExitStack() as locked:
+        files = tier.scan()
+        taken = {
+            file.path: fd
+            for file in files
+            if file.whole and (fd := _take(file, locked)) is not None
+        }
         state = TierState(
             level=tier.level,
             budget_bytes=budget_bytes,
@@ -150,13 +162,34 @@ def _make_room(tier: TierDirectory, needed_bytes: int, budget_bytes: int) -> Non
                     checkpoint=file.checkpoint,
                     size_bytes=file.size_bytes,
                     last_used=file.last_used,
-                    held=not file.whole or not _take(file, locked),
+                    held=file.path not in taken,
                 )
-                for file in tier.scan()
+                for file in files
             ),
         )
         for entry in evictions(state, needed_bytes):
+            path = tier.bin_path(entry.checkpoint)
+            if heir is not None and tier.level is CacheLevel.DRAM and not heir.exists():
+                _bequeath(taken[path], path, heir)
             _drop(tier, entry.checkpoint)
+
+
+def _bequeath(fd: int, path: Path, heir: Path) -> None:
+    """Let an evicted file live on as `heir`, to be overwritten: to clear and allocate its pages
+    anew costs more than to read them.
+
+    Its lock says that no agent refers to it, but an engine whose agent was killed may map it
+    still. A write lease is given only when no other open file, nor a mapping, exists of it; nobody
+    opens it any more once its name is gone.
+    """
+    path.rename(heir)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # not SIGIO, which would end us
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        os.fchmod(fd, 0o600)
+    except OSError:  # somebody has it, or the file system has no leases
+        heir.unlink()
 
 
 def _drop(tier: TierDirectory, checkpoint: CheckpointId) -> None:
@@ -165,11 +198,11 @@ def _drop(tier: TierDirectory, checkpoint: CheckpointId) -> None:
     _log.info("evicted", checkpoint=checkpoint, tier=tier.level.tier)
 
 
-def _take(file: File, locked: contextlib.ExitStack) -> bool:
+def _take(file: File, locked: contextlib.ExitStack) -> int | None:
     """Lock a `.bin` that nobody holds; `locked` lets go of it, which frees it if it was dropped."""
     try:
         fd = os.open(file.path, os.O_RDONLY)
     except FileNotFoundError:
-        return False
+        return None
     locked.callback(os.close, fd)
-    return try_exclusive(fd)
+    return fd if try_exclusive(fd) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,10 +15,10 @@ import msgspec
 from serverlessllm.core.units import MIB
 from serverlessllm.loader.speeds import Limits
 from serverlessllm.loader.tiers.nvme import DirectFile
+from serverlessllm.loader.tiers.staging import SLOT_BYTES, Staging
 
 _CACHE_NAME = ".limits.json"
-_BLOCK_BYTES = 8 * MIB
-_BLOCKS = 8
+_DISK_BYTES = 64 * MIB
 _THREADS = 4
 _MEMCPY_BYTES = 32 * MIB
 _BUDGET_S = 0.1
@@ -56,23 +55,24 @@ def measure_disk(directory: Path) -> float:
     Raises:
         OSError: the directory cannot be written, or is full.
     """
-    size = _BLOCK_BYTES * _BLOCKS
-    offsets = range(0, size, _BLOCK_BYTES)
+    offsets = range(0, _DISK_BYTES, SLOT_BYTES)
+    staging = Staging(_THREADS)
     with contextlib.ExitStack() as stack:
-        memory = mmap.mmap(-1, size)
-        memory.write(os.urandom(_BLOCK_BYTES) * _BLOCKS)  # some disks are quick with zeros only
-        view = memoryview(memory)
         nameless = stack.enter_context(tempfile.TemporaryFile(dir=directory))
         file = DirectFile(Path(f"/proc/self/fd/{nameless.fileno()}"), os.O_RDWR)
         stack.callback(file.close)
         pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
 
         def read(offset: int) -> None:
-            file.read_into(view[offset : offset + _BLOCK_BYTES], offset, _BLOCK_BYTES)
+            with staging.slot() as slot:
+                file.read_into(slot.memory, offset, SLOT_BYTES)
 
-        os.posix_fallocate(nameless.fileno(), 0, size)
-        file.write(view, 0)
-        return size / _best_s(lambda: list(pool.map(read, offsets)))
+        os.posix_fallocate(nameless.fileno(), 0, _DISK_BYTES)
+        with staging.slot() as slot:
+            slot.memory[:] = os.urandom(SLOT_BYTES)  # some disks are quick with zeros only
+            for offset in offsets:
+                file.write(slot.memory, offset)
+        return _DISK_BYTES / _best_s(lambda: list(pool.map(read, offsets)))
 
 
 def measure_memcpy() -> float:

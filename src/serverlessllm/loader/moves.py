@@ -1,29 +1,35 @@
-"""How one chunk gets from one tier into the next: read, checked, written.
+"""How one chunk gets from one tier into the next: read, checked, written, slice by slice.
 
-BLAKE3 checks what comes from the store, before it is written anywhere; CRC32C what comes from a
-tier of this node. A chunk that fails is counted and fetched from the store again, never served.
+BLAKE3 checks what comes from the store, CRC32C what comes from a tier of this node. A chunk that
+fails is counted and fetched from the store again. What was written of it is overwritten, in a
+file that has no name to be found by yet: it is never served.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import mmap
 import os
 from collections.abc import Sequence
-
-from blake3 import blake3
-from crc32c import crc32c
+from pathlib import Path
 
 from serverlessllm.checkpoint.index import Index, tensor_at
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import CorruptChunk, OutOfSpace
 from serverlessllm.core.ids import CheckpointId
-from serverlessllm.loader.budget import whole_pages
 from serverlessllm.loader.plan import ChunkRange, hop_name
+from serverlessllm.loader.pour import (
+    Blake3,
+    Crc32c,
+    Sink,
+    Unchecked,
+    blake3_of,
+    pour,
+    write_parts,
+    write_staged,
+)
 from serverlessllm.loader.tiers.dram import DramFile
 from serverlessllm.loader.tiers.nvme import DirectFile
 from serverlessllm.loader.tiers.remote import RemoteFile
+from serverlessllm.loader.tiers.staging import Staging
 from serverlessllm.loader.workers import Threads
 from serverlessllm.telemetry import log
 from serverlessllm.telemetry.table import CORRUPT_CHUNKS
@@ -32,7 +38,7 @@ _log = log("loader")
 
 
 class Moves:
-    """The moves of one load of one checkpoint."""
+    """The moves of one load of one checkpoint. `staging`: what the bytes pass through."""
 
     def __init__(
         self,
@@ -42,38 +48,74 @@ class Moves:
         threads: Threads,
         *,
         tries_max: int,
+        staging: Staging | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._index = index
         self._remote = remote
         self._threads = threads
+        self._staging = staging or threads.staging
         self._tries_max = tries_max
         self.refetched_bytes = 0
         """What had to come from the store because the nearer copy was corrupt."""
 
     async def store_to_dram(self, chunk: ChunkRange, dram: DramFile) -> None:
-        parts = await self._fetch(chunk, CacheLevel.DRAM)
-        await self._threads.run(dram.write, chunk, parts)
+        if not await self._folder_to(chunk, dram, CacheLevel.DRAM):
+            parts = await self._fetch(chunk, CacheLevel.DRAM)
+            await self._threads.run(write_parts, dram, chunk, parts)
 
     async def store_to_nvme(self, chunk: ChunkRange, nvme: DirectFile) -> None:
-        parts = await self._fetch(chunk, CacheLevel.NVME)
-        await self._threads.run(write_aligned, nvme, chunk, parts)
+        if not await self._folder_to(chunk, nvme, CacheLevel.NVME):
+            parts = await self._fetch(chunk, CacheLevel.NVME)
+            await self._threads.run(write_staged, nvme, chunk, parts, self._staging)
 
     async def dram_to_nvme(self, chunk: ChunkRange, dram: DramFile, nvme: DirectFile) -> None:
-        await self._threads.run(write_view, dram, nvme, chunk)
+        """Raises CorruptChunk: what lies in DRAM is not what was put there."""
+        if not await self._threads.run(pour, dram, nvme, chunk, self._crc(chunk), self._staging):
+            raise self._corrupt(chunk, CacheLevel.DRAM)
 
     async def nvme_to_dram(self, chunk: ChunkRange, nvme: DirectFile, dram: DramFile) -> None:
         """A corrupt or unreadable chunk is fetched from the store, and mended in the nvme copy."""
-        crc = self._index.chunks[chunk.number].crc32c
-        if await self._threads.run(read_verified, nvme, dram, chunk, crc):
+        if await self._threads.run(pour, nvme, dram, chunk, self._crc(chunk), self._staging):
             return
         self._quarantine(chunk, hop_name(CacheLevel.NVME, CacheLevel.DRAM))
-        await self.store_to_dram(chunk, dram)
-        self.refetched_bytes += chunk.size_bytes
+        parts = await self._fetch(chunk, CacheLevel.DRAM)
+        await self._threads.run(write_parts, dram, chunk, parts)
+        await self._mend(chunk, nvme, parts)
+
+    async def nvme_to_device(self, chunk: ChunkRange, nvme: DirectFile, device: Sink) -> None:
+        """As `nvme_to_dram`: a copy in DRAM is not made."""
+        if await self._threads.run(pour, nvme, device, chunk, self._crc(chunk), self._staging):
+            return
+        self._quarantine(chunk, hop_name(CacheLevel.NVME, CacheLevel.DEVICE))
+        parts = await self._fetch(chunk, CacheLevel.DEVICE)
+        await self._threads.run(write_staged, device, chunk, parts, self._staging)
+        await self._mend(chunk, nvme, parts)
+
+    async def dram_to_device(self, chunk: ChunkRange, dram: DramFile, device: Sink) -> None:
+        """Unchecked: what lies in DRAM was checked when it came, as for engines that map it."""
+        await self._threads.run(pour, dram, device, chunk, Unchecked(), self._staging)
+
+    async def _folder_to(self, chunk: ChunkRange, sink: Sink, target: CacheLevel) -> bool:
+        """Read a store that is a folder of this machine as the disk it is, past the store's
+        client and its copies; whether that gave the chunk. The file is opened for each chunk: its
+        digest, and not its inode, says that it is the right one."""
+        path = self._remote.local_path
+        if path is None:
+            return False
+        threads = self._threads
         try:
-            await self._threads.run(mend, dram, nvme, chunk)
-        except (OSError, OutOfSpace) as error:  # the disk is failing; the load need not
-            _log.warning("not mended", checkpoint=self._checkpoint, error=repr(error))
+            file = await threads.run_or_undo(DirectFile.close, DirectFile, path, os.O_RDONLY)
+        except OSError:  # the store's client says what is wrong with it
+            return False
+        try:
+            check = Blake3(self._index.chunks[chunk.number].blake3)
+            if await threads.run(pour, file, sink, chunk, check, self._staging):
+                return True
+        finally:
+            file.close()
+        self._quarantine(chunk, hop_name(CacheLevel.STORE, target))
+        return False
 
     async def _fetch(self, chunk: ChunkRange, target: CacheLevel) -> Sequence[memoryview]:
         """The chunk from the store, verified.
@@ -87,12 +129,18 @@ class Moves:
             if await self._threads.run(blake3_of, parts) == digest:
                 return parts
             self._quarantine(chunk, hop_name(CacheLevel.STORE, target))
-        tensor = tensor_at(self._index, chunk.offset, chunk.size_bytes)
-        raise CorruptChunk(
-            f"chunk {chunk.number} of checkpoint {self._checkpoint[:12]}… (tensor {tensor!r}) does "
-            "not match its digest in the store: delete the model and ingest it again (`sllm rm`, "
-            "`sllm pull`)"
-        )
+        raise self._corrupt(chunk, CacheLevel.STORE)
+
+    async def _mend(self, chunk: ChunkRange, nvme: DirectFile, parts: Sequence[memoryview]) -> None:
+        """Write what was fetched over the corrupt chunk it should be."""
+        self.refetched_bytes += chunk.size_bytes
+        try:
+            await self._threads.run(mend, nvme.path, chunk, parts, self._staging)
+        except (OSError, OutOfSpace) as error:  # the disk is failing; the load need not
+            _log.warning("not mended", checkpoint=self._checkpoint, error=repr(error))
+
+    def _crc(self, chunk: ChunkRange) -> Crc32c:
+        return Crc32c(self._index.chunks[chunk.number].crc32c)
 
     def _quarantine(self, chunk: ChunkRange, hop: str) -> None:
         CORRUPT_CHUNKS.inc(hop)
@@ -103,54 +151,19 @@ class Moves:
             hop=hop,
         )
 
-
-def read_verified(nvme: DirectFile, dram: DramFile, chunk: ChunkRange, crc: int) -> bool:
-    """Read a chunk from the disk straight into the mapping; whether it is what it should be.
-
-    Raises:
-        OutOfSpace: DRAM is full.
-        OSError: a failure that reading elsewhere will not mend.
-    """
-    dram.allocate(chunk)
-    with dram.view(chunk) as view:
-        try:
-            nvme.read_into(view, chunk.offset, chunk.size_bytes)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            return False
-    return is_whole(dram, chunk, crc)
+    def _corrupt(self, chunk: ChunkRange, where: CacheLevel) -> CorruptChunk:
+        tensor = tensor_at(self._index, chunk.offset, chunk.size_bytes)
+        return CorruptChunk(
+            f"chunk {chunk.number} of checkpoint {self._checkpoint[:12]}… (tensor {tensor!r}) does "
+            f"not match its digest in the {where.tier}: delete the model and ingest it again "
+            "(`sllm rm`, `sllm pull`)"
+        )
 
 
-def is_whole(dram: DramFile, chunk: ChunkRange, crc: int) -> bool:
-    """Whether a chunk in DRAM is what it should be."""
-    with dram.view(chunk) as view, view[: chunk.size_bytes] as exact:
-        return bool(crc32c(exact) == crc)
-
-
-def blake3_of(parts: Sequence[memoryview]) -> str:
-    """BLAKE3 of a chunk that came in parts, as hex digits."""
-    digest = blake3()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def write_view(dram: DramFile, nvme: DirectFile, chunk: ChunkRange) -> None:
-    """Write a chunk from the mapping to the disk."""
-    with dram.view(chunk) as view, view[: chunk.size_bytes] as exact:
-        nvme.write(exact, chunk.offset)
-
-
-def mend(dram: DramFile, nvme: DirectFile, chunk: ChunkRange) -> None:
+def mend(path: Path, chunk: ChunkRange, parts: Sequence[memoryview], staging: Staging) -> None:
     """Write a chunk over the corrupt one it should be."""
-    with contextlib.closing(DirectFile(nvme.path, os.O_WRONLY)) as file:
-        write_view(dram, file, chunk)
-
-
-def write_aligned(nvme: DirectFile, chunk: ChunkRange, parts: Sequence[memoryview]) -> None:
-    """Write a chunk from memory that direct I/O would refuse."""
-    staging = mmap.mmap(-1, whole_pages(chunk.size_bytes))  # unmapped with its last view
-    for part in parts:
-        staging.write(part)
-    nvme.write(memoryview(staging)[: chunk.size_bytes], chunk.offset)
+    file = DirectFile(path, os.O_WRONLY)
+    try:
+        write_staged(file, chunk, parts, staging)
+    finally:
+        file.close()

@@ -198,10 +198,10 @@ class Pipeline:
             stack.callback(nvme.close)
             if source is None:
                 return lambda chunk: moves.store_to_nvme(chunk, nvme)
-            dram = DramFile(source.fd, size, writable=False)
+            dram = DramFile(source.fd, size)
             stack.callback(dram.close)
             return lambda chunk: moves.dram_to_nvme(chunk, dram, nvme)
-        dram = DramFile(partial.fd, size, writable=True)
+        dram = DramFile(partial.fd, size)
         stack.callback(dram.close)
         if source is None:
             return lambda chunk: moves.store_to_dram(chunk, dram)

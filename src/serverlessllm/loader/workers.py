@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
+from serverlessllm.loader.tiers.staging import Staging
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -18,6 +20,8 @@ class Threads:
     works on descriptors and memory that the caller is about to give back."""
 
     def __init__(self, count: int, name: str) -> None:
+        self.staging = Staging(count)
+        """A slot for each thread."""
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

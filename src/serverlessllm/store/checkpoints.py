@@ -57,6 +57,12 @@ class CheckpointStore:
         """The store's directory when it is a folder of this machine."""
         return self.objects.root
 
+    def local_bin(self, prefix: str) -> Path | None:
+        """Where the `.bin` of `prefix` lies, or would, when the store is a folder of this machine:
+        for readers that check every byte of it, since it may be replaced at any time."""
+        root = self.root
+        return None if root is None else root / check_prefix(prefix) / BIN_NAME
+
     async def head(self, prefix: str) -> Published | None:
         """Whether the checkpoint is there: one request."""
         try:

@@ -47,6 +47,9 @@ class HeldBack(CheckpointStore):
         self._free = ranges
         self._told: asyncio.Task[str] | None = None
 
+    def local_bin(self, prefix: str) -> Path | None:
+        return None
+
     async def read_range(self, prefix: str, offset: int, size: int) -> memoryview:
         if self._free > 0:
             self._free -= 1

@@ -65,7 +65,10 @@ def make_sample(name: str, size_bytes: int = SIZE_BYTES, chunk_bytes: int = CHUN
 
 
 class WatchedStore(CheckpointStore):
-    """A folder store that counts what is read from it, and holds reads back while told to."""
+    """A folder store that counts what is read from it, and holds reads back while told to. It is
+    read by ranges, as one behind a network, unless `is_near`."""
+
+    is_near = False
 
     def __init__(self, folder: Path) -> None:
         objects = open_objects(folder.as_uri(), StoreSettings(), SystemClock(), create=True)
@@ -79,6 +82,9 @@ class WatchedStore(CheckpointStore):
     @property
     def bytes_read(self) -> int:
         return sum(size for _, size in self.ranges)
+
+    def local_bin(self, prefix: str) -> Path | None:
+        return super().local_bin(prefix) if self.is_near else None
 
     async def read_range(self, prefix: str, offset: int, size: int) -> memoryview:
         self.ranges.append((offset, size))

@@ -76,7 +76,7 @@ def test_a_file_that_ends_too_early(path: Path, memory: memoryview) -> None:
 
 
 def test_limits_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(measure, "_DISK_BYTES", 1 << 22)
     monkeypatch.setattr(measure, "_MEMCPY_BYTES", 1 << 16)
     monkeypatch.setattr(measure, "_BUDGET_S", 0.0)
     limits = measure.measured_limits(tmp_path)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from serverlessllm.core.cluster import CacheLevel
-from serverlessllm.loader.budget import full_is_out_of_space, whole_pages
+from serverlessllm.loader.budget import full_is_out_of_space
 from serverlessllm.loader.plan import ChunkRange
 
 
@@ -17,44 +18,42 @@ class DramFile:
 
     __slots__ = ("_fd", "_map")
 
-    def __init__(self, fd: int, size_bytes: int, *, writable: bool) -> None:
+    def __init__(self, fd: int, size_bytes: int) -> None:
         self._fd = fd
-        length = whole_pages(size_bytes) if writable else size_bytes
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=protection)
+        self._map = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
 
     @contextlib.contextmanager
     def view(self, chunk: ChunkRange) -> Iterator[memoryview]:
-        """The chunk's memory; of a file being filled, to the end of its last page."""
-        end = min(chunk.offset + whole_pages(chunk.size_bytes), len(self._map))
+        """The chunk's memory, read-only."""
+        end = chunk.offset + chunk.size_bytes
         with memoryview(self._map) as whole, whole[chunk.offset : end] as part:
             yield part
 
-    def allocate(self, chunk: ChunkRange) -> None:
-        """Take the chunk's pages, so that a read into its memory cannot fail for want of them.
+    def read_into(self, view: memoryview, offset: int, size: int) -> None:
+        """Fill the first `size` bytes of `view`: the kernel copies faster than a mapping whose
+        pages this process has yet to touch, and does not hold the interpreter.
 
-        By chunk, in the threads that read: it costs as much as half of the read itself.
+        Raises:
+            OSError: EIO, the file ends too early.
+        """
+        done = 0
+        while done < size:
+            count = os.preadv(self._fd, [view[done:size]], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, "the file is shorter than it should be")
+            done += count
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write all of `view`: the file's own write neither clears the new pages first, as every
+        way through a mapping does, nor holds the interpreter.
 
         Raises:
             OutOfSpace: the tmpfs, or the memory, is full.
         """
+        done = 0
         with full_is_out_of_space(CacheLevel.DRAM):
-            os.posix_fallocate(self._fd, chunk.offset, whole_pages(chunk.size_bytes))
-
-    def write(self, chunk: ChunkRange, parts: Iterable[memoryview]) -> None:
-        """Write the chunk from `parts`, in order: the file's own write neither clears the new
-        pages nor holds the interpreter, as a copy into the mapping would.
-
-        Raises:
-            OutOfSpace: the tmpfs, or the memory, is full.
-        """
-        offset = chunk.offset
-        with full_is_out_of_space(CacheLevel.DRAM):
-            for part in parts:
-                done = 0
-                while done < len(part):
-                    done += os.pwrite(self._fd, part[done:], offset + done)
-                offset += len(part)
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], offset + done)
 
     def close(self) -> None:
         """Unmap. A view that an error's traceback still holds keeps the memory until it goes."""

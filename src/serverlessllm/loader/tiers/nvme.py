@@ -19,7 +19,8 @@ _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}
 class DirectFile:
     """A file that is read and written at any offset from several threads at once.
 
-    Offsets and the memory are page-aligned.
+    Offsets and the memory are page-aligned. What has to go through the page cache after all does
+    not stay there.
     """
 
     __slots__ = ("_buffered_fd", "_fd", "path")
@@ -73,13 +74,16 @@ class DirectFile:
     def _direct(
         self, call: Callable[[int, memoryview, int], int], view: memoryview, offset: int
     ) -> int:
-        """`call`, through the page cache where direct I/O is refused only now."""
+        """`call`, through the page cache where direct I/O is refused, if only now."""
         try:
-            return call(self._fd, view, offset)
+            if self._fd != self._buffered_fd:
+                return call(self._fd, view, offset)
         except OSError as error:
-            if error.errno not in _REFUSED or self._fd == self._buffered_fd:
+            if error.errno not in _REFUSED:
                 raise
-            return call(self._buffered_fd, view, offset)
+        count = call(self._buffered_fd, view, offset)
+        os.posix_fadvise(self._buffered_fd, offset, count, os.POSIX_FADV_DONTNEED)
+        return count
 
 
 def _read(fd: int, view: memoryview, offset: int) -> int:

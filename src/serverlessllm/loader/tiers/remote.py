@@ -18,6 +18,8 @@ class RemoteFile:
         self._store = store
         self._prefix = prefix
         self._range_bytes = range_bytes
+        self.local_path = store.local_bin(prefix)
+        """Where it lies, if the store is a folder of this machine."""
         self._slots = asyncio.Semaphore(ranges_in_flight_max)
 
     async def fetch(self, chunk: ChunkRange) -> tuple[memoryview, ...]:
