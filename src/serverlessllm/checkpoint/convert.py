@@ -19,7 +19,7 @@ from serverlessllm.checkpoint.index import (
     decode_index,
     encode_index,
 )
-from serverlessllm.checkpoint.journal import Journal
+from serverlessllm.checkpoint.journal import JOURNAL_NAME, Journal, is_of
 from serverlessllm.checkpoint.layout import Layout
 from serverlessllm.checkpoint.reader import verify
 from serverlessllm.checkpoint.sources.base import RawCheckpoint
@@ -27,11 +27,10 @@ from serverlessllm.checkpoint.sources.gguf import gguf_layout
 from serverlessllm.checkpoint.sources.pick import pick
 from serverlessllm.checkpoint.sources.safetensors import safetensors_layout
 from serverlessllm.checkpoint.writer import translating_disk_errors, write_bin
-from serverlessllm.core.errors import Conflict, CorruptChunk, OutOfSpace
+from serverlessllm.core.errors import CheckpointError, Conflict, CorruptChunk, OutOfSpace
 from serverlessllm.core.ids import CheckpointId
 
 PARTIAL_SUFFIX = ".partial"
-JOURNAL_NAME = "model.journal"
 
 
 class ChunkDone(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,76 +80,122 @@ def convert(
 ) -> Converted:
     """Write `model.bin` and `model.idx` into `out_dir`. Blocking: give it a process or a thread.
 
-    Memory: two chunks and the header. `on_chunk` is called for each chunk in order, also
-    for those that a run before a crash has left. The same input always gives the same bytes. An
-    `.idx` in `out_dir` means that the `.bin` beside it is whole and was read back from the disk.
+    Memory: up to 64 MiB of chunks (or two of them), and the header. `on_chunk` is called for each
+    chunk in order, also for those that an earlier run has left. The same input always gives the
+    same bytes. An `.idx` in `out_dir` means that the `.bin` beside it is whole and was read back
+    from the disk. What is finished already is verified, and not converted again.
 
     Raises:
         CheckpointError: the source is not valid, or not supported; says the way out.
         SourceUnavailable: it cannot be read now; call again to go on.
         OutOfSpace: nothing is left behind.
+        CorruptChunk: the disk gives back other bytes than it was given; nothing is left behind.
         Conflict: another conversion is writing to `out_dir`.
     """
     layout = plan_layout(raw)
     with translating_disk_errors(layout.size_bytes), _only_writer(out_dir):
         try:
             with translating_disk_errors(layout.size_bytes):
-                return _convert(raw, layout, out_dir, on_chunk, chunk_bytes)
+                return _Conversion(raw, layout, out_dir, on_chunk, chunk_bytes).run()
         except (OutOfSpace, CorruptChunk):
             _discard(out_dir)
             raise
 
 
-def _convert(
-    raw: RawCheckpoint,
-    layout: Layout,
-    out_dir: Path,
-    on_chunk: Callable[[ChunkDone], None] | None,
-    chunk_bytes: int,
-) -> Converted:
-    bin_path, idx_path = out_dir / BIN_NAME, out_dir / IDX_NAME
-    partial = out_dir / (BIN_NAME + PARTIAL_SUFFIX)
+class _Conversion:
+    """One run: its layout, its names, and whom it tells."""
 
-    def tell(number: int, offset: int, size_bytes: int) -> None:
-        if on_chunk is not None:
-            on_chunk(
+    def __init__(
+        self,
+        raw: RawCheckpoint,
+        layout: Layout,
+        out_dir: Path,
+        on_chunk: Callable[[ChunkDone], None] | None,
+        chunk_bytes: int,
+    ) -> None:
+        self._raw = raw
+        self._layout = layout
+        self._on_chunk = on_chunk
+        self._chunk_bytes = chunk_bytes
+        self._bin = out_dir / BIN_NAME
+        self._idx = out_dir / IDX_NAME
+        self._partial = out_dir / (BIN_NAME + PARTIAL_SUFFIX)
+        self._journal = out_dir / JOURNAL_NAME
+
+    def run(self) -> Converted:
+        fingerprint = self._layout.fingerprint(self._chunk_bytes)
+        ours = is_of(self._journal, fingerprint)
+        if ours and self._bin.exists() and not self._partial.exists():
+            # Finished, or stopped between the two renames: the `.bin` is what the journal is of.
+            with Journal(self._journal, fingerprint) as journal:
+                finished = self._finished(journal)
+                if finished is not None:
+                    return finished
+            self._idx.unlink(missing_ok=True)
+            self._bin.rename(self._partial)
+        self._partial.touch()  # before the journal: what is said of `.bin` above holds at each kill
+        with Journal(self._journal, fingerprint) as journal:
+            write_bin(
+                self._layout,
+                self._partial,
+                journal,
+                chunk_bytes=self._chunk_bytes,
+                on_chunk=lambda *chunk: self._tell(self._partial, *chunk),
+            )
+            idx = self._encode(journal)
+            index = decode_index(idx)  # what we write, every reader must accept
+            _finish(idx, self._idx, self._partial, self._bin)
+            journal.finish(checkpoint_id(idx))
+        return self._converted(idx, index)
+
+    def _finished(self, journal: Journal) -> Converted | None:
+        """What an earlier run has made of the same source, if there is nothing to do but to say so.
+
+        Else None: it is damaged, not finished, or was given other names.
+        """
+        idx = self._encode(journal)
+        try:
+            if self._idx.read_bytes() != idx:
+                return None
+            index = decode_index(idx)
+            verify(self._bin, index)
+        except (CheckpointError, FileNotFoundError):
+            return None
+        for number in range(len(index.chunks)):
+            self._tell(self._bin, number, *index.chunk_range(number))
+        journal.finish(checkpoint_id(idx))
+        return self._converted(idx, index)
+
+    def _encode(self, journal: Journal) -> bytes:
+        return encode_index(self._layout.index(self._raw, journal.chunks, self._chunk_bytes))
+
+    def _tell(self, path: Path, number: int, offset: int, size_bytes: int) -> None:
+        if self._on_chunk is not None:
+            self._on_chunk(
                 ChunkDone(
-                    path=partial,
+                    path=path,
                     number=number,
                     offset=offset,
                     size_bytes=size_bytes,
-                    total_bytes=layout.size_bytes,
+                    total_bytes=self._layout.size_bytes,
                 )
             )
 
-    journal_path = out_dir / JOURNAL_NAME
-    if journal_path.exists() and bin_path.exists() and not partial.exists():
-        # Stopped between the two renames (or after them): take the `.bin` back to its own work.
-        idx_path.unlink(missing_ok=True)
-        bin_path.rename(partial)
-    partial.touch()  # before the journal: the two rules above and below hold at every kill
-    with Journal(journal_path, layout.fingerprint(chunk_bytes)) as journal:
-        write_bin(layout, partial, journal, chunk_bytes=chunk_bytes, on_chunk=tell)
-        idx = encode_index(layout.index(raw, journal.chunks, chunk_bytes))
-        index = decode_index(idx)  # what we write, every reader must accept
-        verify(partial, index)
-        _finish(idx, idx_path, partial, bin_path)
-    journal_path.unlink()
-    return Converted(
-        id=checkpoint_id(idx),
-        idx_path=idx_path,
-        bin_path=bin_path,
-        size_bytes=index.size_bytes,
-        index=index,
-    )
+    def _converted(self, idx: bytes, index: Index) -> Converted:
+        return Converted(
+            id=checkpoint_id(idx),
+            idx_path=self._idx,
+            bin_path=self._bin,
+            size_bytes=index.size_bytes,
+            index=index,
+        )
 
 
 def _finish(idx: bytes, idx_path: Path, partial: Path, bin_path: Path) -> None:
     """Make both files appear, the `.idx` last: whoever sees it has a whole checkpoint."""
     idx_partial = idx_path.with_name(idx_path.name + PARTIAL_SUFFIX)
-    with idx_partial.open("wb") as file:
+    with idx_partial.open("wb", buffering=0) as file:
         file.write(idx)
-        file.flush()
         os.fsync(file.fileno())
     idx_path.unlink(missing_ok=True)
     partial.rename(bin_path)

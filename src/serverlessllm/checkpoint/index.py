@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 
 import msgspec
 from blake3 import blake3
@@ -301,7 +302,15 @@ def _parts(index: Index) -> tuple[Tensor | SideFile, ...]:
 
 def tensor_at(index: Index, offset: int, size_bytes: int) -> str | None:
     """Name of the first tensor or side file with a byte in this range of the `.bin`."""
-    for part in _parts(index):
-        if part.offset < offset + size_bytes and offset < part.offset + part.size_bytes:
-            return part.name
-    return None
+    return next(parts_at(index, offset, size_bytes), None)
+
+
+def parts_at(index: Index, offset: int, size_bytes: int) -> Iterator[str]:
+    """Names of the tensors and side files with a byte in this range of the `.bin`, in order."""
+    parts = _parts(index)
+    first = bisect_right(parts, offset, key=lambda part: part.offset) - 1
+    for part in parts[max(first, 0) :]:
+        if part.offset >= offset + size_bytes:
+            return
+        if part.size_bytes and offset < part.offset + part.size_bytes:
+            yield part.name

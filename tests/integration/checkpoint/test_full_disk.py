@@ -50,4 +50,4 @@ def test_what_fits_a_small_disk_is_converted(run_converter: Any, tmp_path: Path)
     ended = run_converter(small, disk / "out", wrapper=_small_disk(disk))
     assert ended.returncode == 0, ended.stderr
     left = sorted(Path(line).name for line in ended.stdout.splitlines()[1:])
-    assert left == ["model.bin", "model.idx"]
+    assert left == ["model.bin", "model.idx", "model.journal"]
