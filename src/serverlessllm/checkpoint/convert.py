@@ -22,6 +22,7 @@ from serverlessllm.checkpoint.index import (
 from serverlessllm.checkpoint.journal import JOURNAL_NAME, Journal, is_of
 from serverlessllm.checkpoint.layout import Layout
 from serverlessllm.checkpoint.reader import verify
+from serverlessllm.checkpoint.sources.adapter import adapter_layout
 from serverlessllm.checkpoint.sources.base import RawCheckpoint
 from serverlessllm.checkpoint.sources.gguf import gguf_layout
 from serverlessllm.checkpoint.sources.pick import pick
@@ -68,7 +69,8 @@ def plan_layout(raw: RawCheckpoint) -> Layout:
     chosen = pick(raw.files)
     if chosen.format == "gguf":
         return gguf_layout(raw.files[chosen.weights[0]])
-    return safetensors_layout(raw, chosen)
+    layout = safetensors_layout(raw, chosen)
+    return adapter_layout(raw, layout) if chosen.adapter else layout
 
 
 def convert(

@@ -51,6 +51,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     side_files: tuple[SideFile, ...] = ()
     aliases: dict[str, str] = {}
     architecture: str | None = None
+    base: str | None = None
     license: str | None = None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -81,6 +82,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
             revision=raw.revision,
             license=raw.license or self.license,
             architecture=self.architecture,
+            base=self.base,
             kind=self.kind,
             size_bytes=self.size_bytes,
             alignment_bytes=self.alignment_bytes,

@@ -21,6 +21,8 @@ SIDE_FILES_MAX = 64
 CONFIG_BYTES_MAX = 4 * MIB
 
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines"})
+_ADAPTER_CODE_KEYS = frozenset({"auto_mapping"})
+"""Of `adapter_config.json`: a module that PEFT imports; null where there is none."""
 _CONFIG = r"(?:\w{1,60}_)?config\.json"
 _ALLOWED = re.compile(
     rf"{_CONFIG}"
@@ -65,7 +67,10 @@ def collect_side_files(raw: RawCheckpoint) -> tuple[list[RawFile], ModelConfig]:
             parsed = _parse_config(name, data)
             if name == "config.json":
                 config = _model_config(parsed)
-            file = MemoryFile(name, _without_code(parsed, data))
+            keys = _CODE_KEYS
+            if name == "adapter_config.json" and parsed.get("auto_mapping") is not None:
+                keys |= _ADAPTER_CODE_KEYS
+            file = MemoryFile(name, _without_code(parsed, data, keys))
         collected.append(file)
     if len(collected) > SIDE_FILES_MAX:
         raise CheckpointError(f"{len(collected)} side files, more than {SIDE_FILES_MAX}")
@@ -92,15 +97,15 @@ def _model_config(parsed: dict[str, object]) -> ModelConfig:
     )
 
 
-def _without_code(parsed: dict[str, object], data: bytes) -> bytes:
+def _without_code(parsed: dict[str, object], data: bytes, keys: frozenset[str]) -> bytes:
     """The same bytes when nothing names code; else the same JSON without those keys."""
     found = False
 
     def clean(value: object) -> object:
         nonlocal found
         if isinstance(value, dict):
-            found = found or not _CODE_KEYS.isdisjoint(value)
-            return {key: clean(item) for key, item in value.items() if key not in _CODE_KEYS}
+            found = found or not keys.isdisjoint(value)
+            return {key: clean(item) for key, item in value.items() if key not in keys}
         if isinstance(value, list):
             return [clean(item) for item in value]
         return value

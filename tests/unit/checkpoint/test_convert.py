@@ -339,6 +339,6 @@ def test_a_disk_that_keeps_other_bytes_is_found_out(
         return written
 
     monkeypatch.setattr(os, "pwrite", write_and_damage)
-    with pytest.raises(CorruptChunk, match="chunk 2 .* came back from the disk other"):
+    with pytest.raises(CorruptChunk, match=r"chunk 2 .* came back from the disk other"):
         convert(open_folder(folder, model="m"), tmp_path / "out", chunk_bytes=CHUNK_BYTES)
     assert names(tmp_path / "out") == []

@@ -11,6 +11,7 @@ from serverlessllm.checkpoint.side_files import is_side_file
 from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
 
 SHARD_MAP = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 SPLIT_GGUF = (
     "{} is a piece of a split GGUF: join the pieces with "
     "`llama-gguf-split --merge FIRST-PIECE OUT.gguf` and use OUT.gguf"
@@ -30,6 +31,8 @@ class Pick(msgspec.Struct, frozen=True, kw_only=True):
     shard_map: str | None = None
     """Says which tensor is in which of several `weights`."""
     side_files: tuple[str, ...] = ()
+    adapter: bool = False
+    """An adapter of another model, as PEFT saves it."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -39,7 +42,7 @@ class Pick(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def pick(names: Iterable[str]) -> Pick:
-    """Choose among the files at the top of a source: safetensors, else the one GGUF.
+    """Choose among the files at the top of a source: safetensors, the one GGUF, an adapter.
 
     Raises:
         UnsupportedCheckpoint: only PyTorch pickles, or a GGUF in pieces; says the way out.
@@ -53,6 +56,9 @@ def pick(names: Iterable[str]) -> Pick:
     ggufs = [name for name in weights if name.endswith(".gguf")]
     if ggufs:
         return _pick_gguf(ggufs)
+    adapter = _pick_adapter(present)
+    if adapter is not None:
+        return adapter
     if any(_PICKLE.fullmatch(name) for name in weights):
         raise UnsupportedCheckpoint(
             "only PyTorch pickles are here, which can run code when they are read, so they are "
@@ -79,6 +85,20 @@ def _pick_safetensors(files: list[str], present: list[str]) -> Pick:
         weights=tuple(weights),
         shard_map=shard_map,
         side_files=tuple(filter(is_side_file, present)),
+    )
+
+
+def _pick_adapter(present: list[str]) -> Pick | None:
+    """A folder of PEFT; None when a whole model lies there too, or it is none."""
+    weights = "adapter_model.safetensors"
+    whole = any(name.startswith("pytorch_model") for name in present)
+    if whole or weights not in present or ADAPTER_CONFIG not in present:
+        return None
+    return Pick(
+        format="safetensors",
+        weights=(weights,),
+        side_files=tuple(filter(is_side_file, present)),
+        adapter=True,
     )
 
 
