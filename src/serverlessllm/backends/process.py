@@ -18,7 +18,7 @@ from serverlessllm.backends.base import ARRIVALS_FD, READY_FD, LaunchPlan
 from serverlessllm.backends.child import Child, Setting, clean_environment, execute
 from serverlessllm.backends.logs import OutputLog
 from serverlessllm.backends.settings import BackendSettings
-from serverlessllm.backends.template import Templates
+from serverlessllm.backends.templates import Templates
 from serverlessllm.backends.waits import first
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import LoadFailed

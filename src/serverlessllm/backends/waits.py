@@ -18,3 +18,14 @@ async def first(*awaited: asyncio.Future[Any] | Coroutine[Any, Any, Any]) -> Non
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def readable(descriptor: int) -> None:
+    """Return when a read from it would not block: there is something, or its end."""
+    loop = asyncio.get_running_loop()
+    told = asyncio.Event()
+    loop.add_reader(descriptor, told.set)
+    try:
+        await told.wait()
+    finally:
+        loop.remove_reader(descriptor)
