@@ -305,7 +305,7 @@ def check_local(file: RawFile, entry: Entry) -> None:
         _LOCAL.unpack_from(data)
     )
     later = entry.flags & _DESCRIBED  # sizes follow the bytes; before them they may be zeros
-    sizes = {entry.size_bytes, _FULL32} | ({0} if later else set())
+    sizes = {min(entry.size_bytes, _FULL32)} | ({0} if later else set())
     if (
         magic != b"PK\x03\x04"
         or flags != entry.flags

@@ -47,6 +47,12 @@ class Machine:
         self.position = end
         return self.data[start:end]
 
+    def byte(self) -> int:
+        """An unsigned argument of one byte."""
+        value = self.data[self.position]
+        self.position += 1
+        return value
+
     def number(self, size: int) -> int:
         """An unsigned argument of `size` bytes."""
         return int.from_bytes(self.take(size), "little")
