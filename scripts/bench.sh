@@ -25,7 +25,7 @@ fi
 
 mkdir -p bench/results
 names=("$@")
-((${#names[@]})) || names=(cold_start warm_request load_tiers edge)
+((${#names[@]})) || names=(cold_start warm_request load_tiers convert edge)
 for name in "${names[@]}"; do
     echo "== $name"
     .venv/bin/python -m "bench.$name" | tee "bench/results/$name.txt"

@@ -13,6 +13,11 @@ def digest_chunk(view: memoryview) -> Chunk:
     return Chunk(blake3=blake3(view).hexdigest(), crc32c=crc32c(view))
 
 
+def checksum(view: memoryview) -> int:
+    """CRC32C of a chunk's bytes."""
+    return int(crc32c(view))
+
+
 def matches_blake3(view: memoryview, chunk: Chunk) -> bool:
     """Whether bytes from a network or a store are the chunk (5 GB/s a core)."""
     return blake3(view).hexdigest() == chunk.blake3

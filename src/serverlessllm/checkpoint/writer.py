@@ -1,7 +1,7 @@
 """Writing a `.bin`: streamed, a few chunks of memory, resumable, each chunk read back.
 
-Every chunk goes its own way through one thread: read from the source, hashed, written past the
-page cache, read back from the disk, compared. Several are on their way at once, so the disk reads
+Every chunk goes its own way through one thread: read from the source, written past the page cache,
+read back from the disk, compared, hashed. Several are on their way at once, so the disk reads
 and writes and the digests are computed at the same time; each of these releases the GIL. The file
 is preallocated, so a full disk shows before the first byte and not after the last.
 """
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
-from serverlessllm.checkpoint.digests import digest_chunk, verify_chunk
+from serverlessllm.checkpoint.digests import checksum, digest_chunk
 from serverlessllm.checkpoint.index import Chunk
 from serverlessllm.checkpoint.journal import Journal
 from serverlessllm.checkpoint.layout import Layout
@@ -163,14 +163,15 @@ class _ChunkWriter:
         buffer = self._buffers.get()
         try:
             self._layout.read_into(offset, buffer[:size])
-            chunk = digest_chunk(buffer[:size])
+            given = checksum(buffer[:size])
             whole_pages = buffer[: paged(size)]
             whole_pages[size:] = bytes(len(whole_pages) - size)
             _write_all(self._fd, offset, whole_pages)
             _forget_cached(self._fd, offset, size)
-            if not read_chunk(self._fd, offset, buffer, size) or not verify_chunk(
-                buffer[:size], chunk
-            ):
+            # BLAKE3 costs three times CRC32C: it is taken once, of what the disk gives back.
+            came_back = read_chunk(self._fd, offset, buffer, size)
+            chunk = digest_chunk(buffer[:size])
+            if not came_back or chunk.crc32c != given:
                 raise CorruptChunk(
                     f"chunk {number} (bytes {offset} to {offset + size}) came back from the disk "
                     "other than it was written: the disk or the memory of this machine is broken"
