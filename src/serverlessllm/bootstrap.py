@@ -31,6 +31,7 @@ from serverlessllm.core.ids import Address, AgentId, ModelId, parse_agent_id
 from serverlessllm.core.models import ModelRecord, ModelSpec
 from serverlessllm.core.units import format_count
 from serverlessllm.ingest.service import Ingestion
+from serverlessllm.loader.device import open_accelerator
 from serverlessllm.loader.service import Loader
 from serverlessllm.metadata.base import ABSENT
 from serverlessllm.metadata.open import open_metadata
@@ -102,7 +103,11 @@ def build_agent(parts: Parts, drain_accept_s: float | None = None) -> Agent:
         agent=agent,
         registry=parts.registry,
         loader=Loader(
-            settings.loader, store=parts.store, clock=parts.clock, data_dir=paths.data_dir
+            settings.loader,
+            store=parts.store,
+            clock=parts.clock,
+            data_dir=paths.data_dir,
+            accelerator=open_accelerator(settings.loader),
         ),
         backends=Backends(),
         clock=parts.clock,

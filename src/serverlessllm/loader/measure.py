@@ -13,9 +13,10 @@ from time import perf_counter
 import msgspec
 
 from serverlessllm.core.units import MIB
+from serverlessllm.loader.accelerator import Accelerator
 from serverlessllm.loader.speeds import Limits
 from serverlessllm.loader.tiers.nvme import DirectFile
-from serverlessllm.loader.tiers.staging import SLOT_BYTES, Staging
+from serverlessllm.loader.tiers.staging import BLOCK_BYTES, Staging
 
 _CACHE_NAME = ".limits.json"
 _DISK_BYTES = 64 * MIB
@@ -55,7 +56,7 @@ def measure_disk(directory: Path) -> float:
     Raises:
         OSError: the directory cannot be written, or is full.
     """
-    offsets = range(0, _DISK_BYTES, SLOT_BYTES)
+    offsets = range(0, _DISK_BYTES, BLOCK_BYTES)
     staging = Staging(_THREADS)
     with contextlib.ExitStack() as stack:
         nameless = stack.enter_context(tempfile.TemporaryFile(dir=directory))
@@ -64,14 +65,14 @@ def measure_disk(directory: Path) -> float:
         pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
 
         def read(offset: int) -> None:
-            with staging.slot() as slot:
-                file.read_into(slot.memory, offset, SLOT_BYTES)
+            with staging.block() as block:
+                file.read_into(block.memory, offset, BLOCK_BYTES)
 
         os.posix_fallocate(nameless.fileno(), 0, _DISK_BYTES)
-        with staging.slot() as slot:
-            slot.memory[:] = os.urandom(SLOT_BYTES)  # some disks are quick with zeros only
+        with staging.block() as block:
+            block.memory[:] = os.urandom(BLOCK_BYTES)  # some disks are quick with zeros only
             for offset in offsets:
-                file.write(slot.memory, offset)
+                file.write(block.memory, offset)
         return _DISK_BYTES / _best_s(lambda: list(pool.map(read, offsets)))
 
 
@@ -84,6 +85,25 @@ def measure_memcpy() -> float:
         target[:] = source
 
     return _MEMCPY_BYTES / _best_s(copy)
+
+
+def measure_device(accelerator: Accelerator, ring: Staging) -> float:
+    """Bytes/s of copies from the locked `ring` to the first device: the best round.
+
+    Raises:
+        OutOfSpace: the device has no room for one block.
+    """
+    allocation = accelerator.allocate(min(accelerator.total_bytes()), BLOCK_BYTES)
+
+    def copy() -> None:
+        for offset in range(0, len(ring.memory), BLOCK_BYTES):
+            allocation.copy(ring.memory[offset : offset + BLOCK_BYTES], 0)
+        allocation.mark().wait()
+
+    try:
+        return len(ring.memory) / _best_s(copy)
+    finally:
+        allocation.free()
 
 
 def _best_s(work: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from serverlessllm.checkpoint.index import Index
+from serverlessllm.checkpoint.index import KIND_TENSORS, Index, layers
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import OutOfSpace
 from serverlessllm.core.ids import CheckpointId
@@ -64,6 +64,18 @@ class TierState(msgspec.Struct, frozen=True, kw_only=True):
     free_bytes: int
     """What its file system could still take."""
     entries: tuple[Entry, ...]
+
+
+class Span(msgspec.Struct, frozen=True, kw_only=True):
+    """A run of a `.bin`'s bytes, and the device that it belongs on."""
+
+    device: int
+    offset: int
+    size_bytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size_bytes
 
 
 def hop_name(source: CacheLevel, target: CacheLevel) -> str:
@@ -140,6 +152,37 @@ def evictions(state: TierState, needed_bytes: int) -> tuple[Entry, ...]:
     if short > 0:
         raise _no_room(state, needed_bytes)
     return tuple(dropped)
+
+
+def spread(index: Index, room: Mapping[int, int]) -> tuple[Span, ...]:
+    """Which bytes belong on which device, given each one's free bytes.
+
+    All on the device with most room where one has enough; else whole layers in execution order,
+    as many as fit, from the roomiest device to the next. A GGUF, whose layers may overlap, is
+    never divided.
+
+    Raises:
+        OutOfSpace: the devices together have no room for it.
+    """
+    roomiest = sorted(room, key=lambda device: (-room[device], device))
+    if roomiest and index.size_bytes <= room[roomiest[0]]:
+        return (Span(device=roomiest[0], offset=0, size_bytes=index.size_bytes),)
+    if index.kind == KIND_TENSORS:
+        cuts = (*(layer.offset for layer in layers(index)), index.size_bytes)
+        spans: list[Span] = []
+        start = 0
+        for device in roomiest:
+            fits = [cut for cut in cuts if start < cut <= start + room[device]]
+            if fits:
+                spans.append(Span(device=device, offset=start, size_bytes=max(fits) - start))
+                start = max(fits)
+        if start == index.size_bytes:
+            return tuple(spans)
+    raise OutOfSpace(
+        f"the checkpoint takes {format_size(index.size_bytes)}, but the devices have only "
+        f"{', '.join(format_size(free) for free in room.values()) or 'nothing'} free of their "
+        "budgets: unload a model or raise loader.device_budget_bytes"
+    )
 
 
 def too_large(level: CacheLevel, needed_bytes: int, budget_bytes: int) -> OutOfSpace:

@@ -11,7 +11,7 @@ from crc32c import crc32c
 
 from serverlessllm.loader.plan import ChunkRange
 from serverlessllm.loader.tiers.dram import DramFile
-from serverlessllm.loader.tiers.staging import SLOT_BYTES, Copy, Staging
+from serverlessllm.loader.tiers.staging import BLOCK_BYTES, Copy, Staging
 
 
 class Source(Protocol):
@@ -91,18 +91,18 @@ def pour(source: Source, sink: Sink, chunk: ChunkRange, check: Check, staging: S
         OSError: a failure that reading elsewhere will not mend.
     """
     end = chunk.offset + chunk.size_bytes
-    for offset in range(chunk.offset, end, SLOT_BYTES):
-        size = min(SLOT_BYTES, end - offset)
-        with staging.slot() as slot:
+    for offset in range(chunk.offset, end, BLOCK_BYTES):
+        size = min(BLOCK_BYTES, end - offset)
+        with staging.block() as block:
             try:
-                source.read_into(slot.memory, offset, size)
+                source.read_into(block.memory, offset, size)
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
                 return False
-            part = slot.memory[:size]
+            part = block.memory[:size]
             check.update(part)
-            slot.busy_until(sink.write(part, offset))
+            block.busy_until(sink.write(part, offset))
     return check.holds()
 
 

@@ -13,6 +13,7 @@ from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.agentapi import HopTiming
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.ids import CheckpointId
+from serverlessllm.loader.device_tier import OnDevice
 from serverlessllm.loader.residency import Held, TierDirectory
 
 
@@ -40,6 +41,7 @@ class Resident:
         "_held",
         "bin_path",
         "checkpoint",
+        "device",
         "hops",
         "index",
         "index_path",
@@ -55,6 +57,8 @@ class Resident:
     index: Index
     hops: tuple[HopTiming, ...]
     """What moved for this load, in order; nothing moved when the bytes were already there."""
+    device: OnDevice | None
+    """The weights on devices, when they were loaded there; None on a CPU."""
 
     def __init__(
         self, brought: Brought, hops: tuple[HopTiming, ...], forget: Callable[[Resident], None]
@@ -67,10 +71,22 @@ class Resident:
         self.index_path = brought.tier.index_path(self.checkpoint)
         self.index = brought.index
         self.hops = hops
+        self.device = None
+
+    def share(self) -> Held:
+        """Another reference to the file alone."""
+        return self._held.share()
+
+    def put_on(self, device: OnDevice) -> None:
+        """Its weights are on devices too: that reference is now ours."""
+        self.device = device
+        self.hops = (*self.hops, *device.hops)
 
     def release(self) -> None:
         """Give the reference back. Idempotent."""
         self._held.release()
+        if self.device is not None:
+            self.device.release()
         self._forget(self)
 
     async def __aenter__(self) -> Self:

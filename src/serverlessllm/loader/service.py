@@ -12,10 +12,13 @@ from serverlessllm.core.cluster import CacheLevel, TierUsage
 from serverlessllm.core.errors import Draining, SLLMError
 from serverlessllm.core.ids import CheckpointId
 from serverlessllm.core.models import CheckpointRef
+from serverlessllm.loader.accelerator import Accelerator
 from serverlessllm.loader.adoption import Leftovers, sweep
 from serverlessllm.loader.arrivals import Arriving, OnArriving
 from serverlessllm.loader.bring import Bringer
 from serverlessllm.loader.budget import evict, trim
+from serverlessllm.loader.device import attach
+from serverlessllm.loader.device_tier import DeviceTier
 from serverlessllm.loader.flights import Flight
 from serverlessllm.loader.indexes import Indexes
 from serverlessllm.loader.measure import measured_limits
@@ -30,7 +33,6 @@ from serverlessllm.loader.settings import (
     default_nvme_budget_bytes,
 )
 from serverlessllm.loader.speeds import Speeds
-from serverlessllm.loader.tiers.device import attach
 from serverlessllm.loader.workers import Threads, outlast
 from serverlessllm.store.checkpoints import CheckpointStore
 from serverlessllm.telemetry import log, span
@@ -43,7 +45,9 @@ _FILE_THREADS = 2
 
 
 class Loader:
-    """The tiers of one node. Several processes of a machine may share the same directories."""
+    """The tiers of one node. Several processes of a machine may share the same directories.
+
+    `accelerator`: the devices that weights end on; None for a CPU."""
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class Loader:
         store: CheckpointStore,
         clock: Clock,
         data_dir: Path,
+        accelerator: Accelerator | None = None,
     ) -> None:
         self._tiers = _tiers(settings, data_dir)
         self._dram = self._tiers[CacheLevel.DRAM]
@@ -64,6 +69,11 @@ class Loader:
         self._indexes = Indexes(settings.indexes_cached_max)
         self._references = References()
         self._speeds = Speeds(store_is_local=store.root is not None)
+        self._device = (
+            DeviceTier(accelerator, settings, store, clock, self._speeds, self._copies)
+            if accelerator is not None
+            else None
+        )
         self._leftovers = Leftovers(
             self._dram.directory,
             self._indexes,
@@ -98,6 +108,8 @@ class Loader:
             if tier is self._dram:
                 self._leftovers.unverified.update(dict.fromkeys(kept))
             await self._files.run(trim, tier.directory, tier.budget_bytes)
+        if self._device is not None:
+            await self._device.start()
         self._spawn(self._leftovers.check_all())
         self._spawn(self._measure())
 
@@ -110,6 +122,8 @@ class Loader:
             for task in running:
                 await outlast(task)
             await asyncio.sleep(0)  # their callbacks run; a load that was done may write behind
+        if self._device is not None:
+            await self._device.close()
         self._references.unpin_all()
         self._files.close()
         self._copies.close()
@@ -129,8 +143,9 @@ class Loader:
         """Bring a checkpoint to `level` or nearer, and hold it there.
 
         Concurrent loads of one checkpoint share one copy. Cancelling a caller ends the copy only
-        when no other waits for it. On a CPU, DEVICE is DRAM: an engine maps the file. From the
-        store to DRAM, the nvme copy is written after the answer, from DRAM.
+        when no other waits for it. On a CPU, DEVICE is DRAM: an engine maps the file; on a node
+        with an accelerator, the bytes also go there, from DRAM or nvme. From the store to DRAM,
+        the nvme copy is written after the answer, from DRAM.
 
         `on_arriving` is called at most once, and only while this process fills the file in DRAM:
         once its length is reserved and before its first byte, or when joining later. An engine
@@ -148,7 +163,7 @@ class Loader:
             raise ValueError("a load has a tier of this node as its target")
         with span("loader.load", checkpoint=ref.id, tier=level.tier):
             try:
-                resident = await self._join(ref, level, on_progress, on_arriving)
+                resident = await self._load(ref, level, on_progress, on_arriving)
             except SLLMError as error:
                 LOADS.inc(error.code)
                 raise
@@ -182,7 +197,10 @@ class Loader:
             await self._bringer.written_behind(checkpoint)
         elif keep is CacheLevel.STORE:
             await self._bringer.stop_behind(checkpoint)
-        return sum(
+        freed = 0
+        if keep > CacheLevel.DEVICE and self._device is not None:
+            freed = await self._device.evict(checkpoint)
+        return freed + sum(
             [
                 await self._files.run(evict, tier.directory, checkpoint)
                 for level, tier in self._tiers.items()
@@ -202,6 +220,32 @@ class Loader:
     async def unpin(self, checkpoint: CheckpointId) -> None:
         """Undo `pin`. Idempotent."""
         self._references.unpin(checkpoint)
+
+    async def _load(
+        self,
+        ref: CheckpointRef,
+        level: CacheLevel,
+        on_progress: Report | None,
+        on_arriving: OnArriving | None,
+    ) -> Resident:
+        """To devices, from the nearest copy; one on nvme need not come to DRAM first."""
+        device = self._device if level is CacheLevel.DEVICE else None
+        if device is None:
+            return await self._join(ref, level, on_progress, on_arriving)
+        near = self.residency().get(ref.id, CacheLevel.DRAM)
+        resident = await self._join(ref, near, on_progress, on_arriving)
+        try:
+            held = resident.share()
+            try:
+                resident.put_on(
+                    await device.load(ref, resident.index, resident.level, held, on_progress)
+                )
+            finally:
+                held.release()
+        except BaseException:
+            resident.release()
+            raise
+        return resident
 
     async def _join(
         self,
@@ -233,7 +277,7 @@ class Loader:
 
     def _refer(self, brought: Brought, level: CacheLevel) -> Resident:
         hops = brought.hops
-        if level is CacheLevel.DEVICE:
+        if level is CacheLevel.DEVICE:  # of a CPU
             hops = (*hops, attach(self._speeds))
         return self._references.take(brought, hops)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from blake3 import blake3
@@ -42,6 +43,13 @@ class LoaderSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Between two looks whether that process has finished."""
     progress_interval_s: float = 0.05
     """Least time between two progress reports of one load."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where weights go last: `cpu`, engines map them in DRAM; `cuda`, the memory of NVIDIA GPUs
+    (needs the `torch` extra)."""
+    device_numbers: tuple[int, ...] | None = None
+    """The GPUs to use, as CUDA numbers them; None: all."""
+    device_budget_bytes: int | None = None
+    """Most bytes of checkpoints on each GPU; None: half of its memory."""
     indexes_cached_max: int = 128
     """Decoded `.idx` files kept in memory."""
 

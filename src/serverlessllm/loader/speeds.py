@@ -42,6 +42,8 @@ class Speeds:
         self._best: dict[str, float] = {}
         self.limits: Limits | None = None
         """None until the machine has been measured."""
+        self.device_bytes_s: float | None = None
+        """Copies from locked memory to a device; None on a CPU."""
 
     def record(self, hop: str, bytes_moved: int, seconds: float) -> HopTiming:
         """A hop of a load is over."""
@@ -57,12 +59,12 @@ class Speeds:
         return HopTiming(hop=hop, bytes_moved=bytes_moved, seconds=seconds, limit_bytes_s=limit)
 
     def limit(self, hop: str) -> float | None:
-        """The hop's limit: the disk's for a disk or a store in a folder, memcpy's for the
-        device; of a store behind a network the best that was ever seen."""
+        """The hop's limit: the disk's for a disk or a store in a folder, locked memory's (on a
+        CPU: memcpy's) for the device; of a store behind a network the best that was ever seen."""
         if self.limits is None:
             return None
         if hop == _DEVICE_HOP:
-            return self.limits.memcpy_bytes_s
+            return self.device_bytes_s or self.limits.memcpy_bytes_s
         if hop in _STORE_HOPS and not self._store_is_local:
             return self._best.get(hop)
         return self.limits.disk_bytes_s

@@ -21,7 +21,7 @@ class Threads:
 
     def __init__(self, count: int, name: str) -> None:
         self.staging = Staging(count)
-        """A slot for each thread."""
+        """A block for each thread."""
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
