@@ -153,10 +153,12 @@ class BackendProcess:
                 await self.ended_within(self._settings.term_s)
         finally:
             self.kill()
-            if self._child is not None:
-                await self.ended_within(self._settings.kill_s)
-            self._close()
-            shutil.rmtree(self._run_dir, ignore_errors=True)
+            try:
+                if self._child is not None:
+                    await self.ended_within(self._settings.kill_s)
+            finally:
+                self._close()
+                shutil.rmtree(self._run_dir, ignore_errors=True)
 
     def kill(self) -> None:
         """SIGKILL to the whole group, now."""
