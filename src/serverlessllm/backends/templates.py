@@ -92,10 +92,10 @@ class Templates:
         starting = place.template
         await first(starting, self._clock.sleep(self._settings.template_wait_s))
         template = starting.result() if starting.done() else None
+        place.used_s = self._clock.now_s()
         child = None if template is None else await template.fork(argument, setting)
         if child is None:
             _log.warning("no fork of a template", module=module, run_dir=setting.run_dir.name)
-        place.used_s = self._clock.now_s()
         return child
 
     def distrust(self, module: str) -> None:
@@ -148,6 +148,7 @@ class Templates:
         try:
             template = self._start(module)
             if await template.wait_ready():
+                place.used_s = self._clock.now_s()
                 place.template.set_result(template)
                 if await self._is_idle(place, template):
                     return True
