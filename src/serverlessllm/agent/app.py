@@ -27,6 +27,7 @@ from serverlessllm.backends.base import Node
 from serverlessllm.backends.orphans import kill_orphans
 from serverlessllm.backends.registry import Backends
 from serverlessllm.backends.settings import BackendSettings
+from serverlessllm.backends.templates import Templates
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import AgentRecord
 from serverlessllm.core.errors import Conflict, Draining, Fenced, SLLMError
@@ -81,9 +82,17 @@ class Agent:
         self._catalog = Catalog(registry, loader, settings, clock, on_read=self._registered)
         downloads = Downloads(loader, settings, clock)
         node = Node(cpus=settings.cpus or cpus(), dram_free_bytes=available_memory_bytes())
+        self._processes = processes or BackendSettings()
+        self._templates = Templates(
+            self._processes,
+            clock=clock,
+            environ=environ or {},
+            run_dir=self._run_dir,
+            log_dir=log_dir,
+        )
         host = Host(
             settings=settings,
-            processes=processes or BackendSettings(),
+            processes=self._processes,
             backends=backends,
             downloads=downloads,
             upstreams=self._upstreams,
@@ -92,6 +101,7 @@ class Agent:
             run_dir=self._run_dir,
             log_dir=log_dir,
             environ=environ or {},
+            templates=self._templates,
         )
         self._instances = Instances(
             host,
@@ -134,6 +144,8 @@ class Agent:
             await self.close()
             raise
         self._instances.start()
+        for module in self._processes.templates_preload:
+            self._templates.warm(module)
         self._run("heartbeat", self._heartbeat.run)
         self._run("catalog", self._catalog.run)
         self._run("watchdog", self._watchdog.run)
@@ -157,6 +169,7 @@ class Agent:
         self._api.ready = self._accepting = False
         await self._server.close()
         await self._instances.close()
+        await self._templates.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

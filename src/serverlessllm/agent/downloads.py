@@ -13,6 +13,7 @@ from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import TooManyRequests
 from serverlessllm.core.ids import CheckpointId
 from serverlessllm.core.models import CheckpointRef
+from serverlessllm.loader.arrivals import OnArriving
 from serverlessllm.loader.progress import Report
 from serverlessllm.loader.references import Resident
 from serverlessllm.loader.service import Loader
@@ -36,7 +37,13 @@ class Downloads:
         return sum(not turn.done() for *_, turn in self._queue)
 
     async def load(
-        self, ref: CheckpointRef, level: CacheLevel, report: Report | None, *, urgent: bool
+        self,
+        ref: CheckpointRef,
+        level: CacheLevel,
+        report: Report | None,
+        *,
+        urgent: bool,
+        on_arriving: OnArriving | None = None,
     ) -> tuple[Resident, float]:
         """What `Loader.load` returns, and the seconds waited for the turn.
 
@@ -48,7 +55,7 @@ class Downloads:
         await self._turn(ref.id, urgent)
         try:
             waited_s = self._clock.now_s() - asked_s
-            return await self._loader.load(ref, level, report), waited_s
+            return await self._loader.load(ref, level, report, on_arriving), waited_s
         finally:
             self._leave(ref.id)
 

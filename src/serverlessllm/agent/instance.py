@@ -98,11 +98,20 @@ class Instance:
         self.running = 0
         self.ready_s = 0.0
         self.start_s: float | None = None
-        """From bytes in DRAM to ready."""
+        """From its process's start to ready."""
         self.idle_s: float | None = None
         """Since when nobody uses it; None: it has not served a request."""
         self.kv_hit_rate = 0.0
-        self.hops: list[HopTiming] = []
+        self.queue_s = 0.0
+        """What it waited for its turn."""
+        self.moved: tuple[HopTiming, ...] = ()
+        """What moved for it; while its bytes still move, what has moved so far."""
+        self.arriving = False
+        """Whether its process runs, but waits for bytes that still move."""
+        self.load_failed = False
+        """Whether its end is no fault of its process: the bytes did not come."""
+        self.whole: asyncio.Future[LoadEvent] = loop.create_future()
+        """`ready`, with the whole breakdown: both its process and its bytes are."""
         self.activity = Activity()
         self._on_change = on_change
         INSTANCES.inc(self.model, self.state)
@@ -166,9 +175,27 @@ class Instance:
         self.start_s = now_s - started_s
         self.advance(InstanceState.READY)
         if not self.outcome.done():
-            self.outcome.set_result(
-                LoadEvent(state="ready", instance=self.id, hops=tuple(self.hops))
-            )
+            self.outcome.set_result(self._ready_event())
+
+    def became_whole(self, moved: tuple[HopTiming, ...]) -> None:
+        """All its bytes are in DRAM, and held there on its behalf."""
+        self.moved = moved
+        self.holds_checkpoint = True
+        self.arriving = False
+        if self.state is InstanceState.READY:
+            self.whole.set_result(self._ready_event())
+        self._on_change()
+
+    def _ready_event(self) -> LoadEvent:
+        """With where the time went: what moved and the start overlap where an engine starts
+        before its bytes are there."""
+        assert self.start_s is not None
+        hops = (
+            HopTiming(hop="queue", seconds=self.queue_s),
+            *self.moved,
+            HopTiming(hop="start", seconds=self.start_s),
+        )
+        return LoadEvent(state="ready", instance=self.id, hops=hops, arriving=self.arriving)
 
     def touch(self, now_s: float) -> None:
         """Somebody was told that it is ready, and is about to use it."""
@@ -179,12 +206,14 @@ class Instance:
         """Its life is over."""
         if not is_final(self.state):
             self.advance(to)
-        if not self.outcome.done():
+        for promise in (self.outcome, self.whole):
+            if promise.done():
+                continue
             if error is None:
-                self.outcome.cancel()
+                promise.cancel()
             else:
-                self.outcome.set_exception(error)
-                self.outcome.exception()  # whoever waits sees it; without waiters nobody must
+                promise.set_exception(error)
+                promise.exception()  # whoever waits sees it; without waiters nobody must
 
     def stop(self) -> None:
         """Ask it to drain and stop; a request that runs is finished first. Idempotent."""

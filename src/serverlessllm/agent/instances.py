@@ -165,6 +165,20 @@ class Instances:
             raise LoadFailed(f"the load of {request.spec.model} was stopped", retry_after_s=1.0)
         return instance.outcome.result()
 
+    async def until_whole(self, ready: LoadEvent) -> LoadEvent:
+        """The `ready` event with the whole breakdown, once all bytes are there for the instance
+        that `ready` told of.
+
+        Raises:
+            SLLMError: why they will not be.
+        """
+        instance = None if ready.instance is None else self._instances.get(ready.instance)
+        if instance is not None:
+            await asyncio.wait({instance.whole})
+            if not instance.whole.cancelled():
+                return instance.whole.result()
+        raise LoadFailed("the load was stopped", retry_after_s=1.0)
+
     async def unload(self, model: ModelId, *, force: bool) -> None:
         """Return when the model's instances have stopped; `force`: without their requests."""
         lives = [self._lives[instance.id] for instance in self.of(model)]
@@ -267,8 +281,8 @@ class Instances:
         if error is not None:
             INSTANCE_FAILURES.inc(instance.model, error.code)
             _log.warning("instance failed", instance=instance.id, code=error.code)
-            process = instance.process
-            if process is not None and (isinstance(error, Crashed) or not instance.ready_s):
+            fault = instance.process is not None and not instance.load_failed
+            if fault and (isinstance(error, Crashed) or not instance.ready_s):
                 model.crashes = model.crashes.more(now_s, self._settings.crash_window_s)
             if not isinstance(error, (Crashed, *_TRANSIENT)):
                 model.failure, model.failed_s = error, now_s

@@ -13,20 +13,20 @@ import msgspec
 from serverlessllm.agent.downloads import Downloads
 from serverlessllm.agent.instance import Instance
 from serverlessllm.agent.settings import AgentSettings
+from serverlessllm.agent.weights import Weights
 from serverlessllm.backends.base import Backend, Launch, LaunchPlan, Node, Offer, Refusal
 from serverlessllm.backends.logs import prune_logs
 from serverlessllm.backends.process import BackendProcess, until_answering
 from serverlessllm.backends.registry import Backends
 from serverlessllm.backends.settings import BackendSettings
+from serverlessllm.backends.templates import Templates
 from serverlessllm.backends.waits import first
-from serverlessllm.core.agentapi import HopTiming, LoadEvent
+from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.clock import Clock
-from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import BackendDied, LoadFailed
 from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.edge.upstream import Upstreams
-from serverlessllm.loader.progress import LoadProgress
-from serverlessllm.loader.references import Resident
+from serverlessllm.loader.workers import single_error
 from serverlessllm.telemetry import log, span
 
 _log = log("agent")
@@ -50,6 +50,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     log_dir: Path
     environ: Mapping[str, str]
     """Of the agent; an instance gets a part of it."""
+    templates: Templates | None = None
+    """None: every instance is executed."""
 
 
 class Crashed(BackendDied):
@@ -59,9 +61,12 @@ class Crashed(BackendDied):
 async def live(instance: Instance, host: Host, get_room: GetRoom) -> None:
     """Load, start, serve until asked to stop; returns when everything is given back.
 
+    The load is a task beside the rest: an engine that can is started while its bytes still move,
+    and the load's failure ends whatever the instance does.
+
     Raises:
         Crashed: the process ended while it served.
-        SLLMError: it never became ready.
+        SLLMError: it never became ready, or its bytes did not come.
     """
     problem = host.backends.problem(instance.spec.backend) if instance.spec.backend else None
     if problem is not None:
@@ -69,94 +74,99 @@ async def live(instance: Instance, host: Host, get_room: GetRoom) -> None:
     async with contextlib.AsyncExitStack() as held:
         await get_room(instance, 0)
         instance.advance(InstanceState.LOADING)
-        resident = await _bring(instance, host)
-        if resident is not None:
-            held.callback(resident.release)
-            instance.holds_checkpoint = True
-        backend, offer = _choose(instance, host, resident)
-        instance.slots = offer.slots
-        await get_room(instance, offer.memory_bytes)
-        started_s = host.clock.now_s()
-        instance.advance(InstanceState.STARTING)
-        with span("agent.start", loud=True, model=instance.model, backend=backend.name):
-            process = await _start(instance, host, backend, resident, held)
-        instance.hops.append(HopTiming(hop="start", seconds=host.clock.now_s() - started_s))
-        instance.became_ready(host.clock.now_s(), started_s)
-        await _serve(instance, process)
+        weights = Weights(instance, host.downloads, host.clock)
+        held.callback(weights.release)
+        with single_error():
+            async with asyncio.TaskGroup() as group:
+                load = group.create_task(weights.load(), name=f"agent-load-{instance.id}")
+                try:
+                    await first(load, weights.known)
+                    process = await _start(instance, host, get_room, weights, load, held)
+                    await _serve(instance, process)
+                finally:
+                    load.cancel()
 
 
-async def _bring(instance: Instance, host: Host) -> Resident | None:
-    """The checkpoint, held in DRAM; None for a model without one."""
-    turn_s = host.clock.now_s()
-    if instance.checkpoint is None:
-        instance.hops.append(HopTiming(hop="queue", seconds=turn_s - instance.queued_s))
-        return None
+async def _start(
+    instance: Instance,
+    host: Host,
+    get_room: GetRoom,
+    weights: Weights,
+    load: asyncio.Task[None],
+    held: contextlib.AsyncExitStack,
+) -> BackendProcess | None:
+    """The process, ready; None when the server is somebody else's."""
+    backend, offer = _choose(instance, host, weights.index)
+    if offer.template is not None and host.templates is not None:
+        host.templates.warm(offer.template)
+    if not offer.layered:
+        await asyncio.wait((load,))
+    instance.slots = offer.slots
+    await get_room(instance, offer.memory_bytes)
+    started_s = host.clock.now_s()
+    instance.advance(InstanceState.STARTING)
+    with span(
+        "agent.start",
+        loud=True,
+        model=instance.model,
+        backend=backend.name,
+        arriving=weights.arriving and offer.layered,
+    ):
+        process = await _launch(instance, host, backend, offer, weights, held)
+    instance.became_ready(host.clock.now_s(), started_s)
+    return process
 
-    def report(progress: LoadProgress) -> None:
-        instance.tell(
-            LoadEvent(
-                state=InstanceState.LOADING,
-                stage=progress.hop,
-                bytes_done=progress.bytes_done,
-                bytes_total=progress.bytes_total,
-                eta_s=progress.eta_s,
-            )
-        )
 
-    with span("agent.load", model=instance.model):
-        resident, waited_s = await host.downloads.load(
-            instance.checkpoint, CacheLevel.DRAM, report, urgent=True
-        )
-    queued_s = turn_s - instance.queued_s + waited_s
-    instance.hops += [HopTiming(hop="queue", seconds=queued_s), *resident.hops]
-    return resident
-
-
-def _choose(instance: Instance, host: Host, resident: Resident | None) -> tuple[Backend, Offer]:
-    index = None if resident is None else resident.index
+def _choose(instance: Instance, host: Host, index: Index | None) -> tuple[Backend, Offer]:
     chosen = host.backends.choose(instance.spec, index, host.node)
     if isinstance(chosen, Refusal):
         raise LoadFailed(f"no backend here can serve {instance.model}: {chosen.reason}")
     return chosen
 
 
-async def _start(
+async def _launch(
     instance: Instance,
     host: Host,
     backend: Backend,
-    resident: Resident | None,
+    offer: Offer,
+    weights: Weights,
     held: contextlib.AsyncExitStack,
 ) -> BackendProcess | None:
-    """The process, ready; None when the server is somebody else's."""
     run_dir = host.run_dir / instance.id.rpartition("-")[2]
     run_dir.mkdir(mode=0o700)
     held.callback(shutil.rmtree, run_dir, ignore_errors=True)
     instance.backend = backend
+    index_path = await weights.index_path(run_dir)
     plan = instance.plan = backend.launch(
         Launch(
             instance=instance.id,
             spec=instance.spec,
-            index=None if resident is None else resident.index,
-            model_path=None if resident is None else resident.bin_path,
-            index_path=None if resident is None else resident.index_path,
+            index=weights.index,
+            model_path=weights.bin_path,
+            index_path=index_path,
             run_dir=run_dir,
             node=host.node,
             slots=instance.slots,
+            arriving=weights.arriving,
         )
     )
     if not plan.command:
         await _reach(plan, host)
         return None
     prune_logs(host.log_dir, host.processes.log_files_max)
-    process = instance.process = BackendProcess(
-        plan,
-        run_dir=run_dir,
-        log_path=host.log_dir / f"{instance.id}.log",
-        environ=host.environ,
-        settings=host.processes,
-        clock=host.clock,
-    )
+    with contextlib.ExitStack() as lent:
+        process = instance.process = BackendProcess(
+            plan,
+            run_dir=run_dir,
+            log_path=host.log_dir / f"{instance.id}.log",
+            environ=host.environ,
+            settings=host.processes,
+            clock=host.clock,
+            descriptors=weights.lend(lent) if offer.layered else {},
+            templates=host.templates,
+        )
     held.push_async_callback(process.stop)
+    held.callback(weights.hang_up)
     try:
         await process.wait_ready(host.upstreams)
     except LoadFailed:

@@ -17,6 +17,7 @@ from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import InvalidRequest, SLLMError
 from serverlessllm.core.failures import record_of
+from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.edge.server import Request
 from serverlessllm.loader.progress import LoadProgress
 from serverlessllm.loader.service import Loader
@@ -46,7 +47,7 @@ class Orders:
 
     async def load(self, request: Request, order: LoadRequest) -> None:
         """Answer with a line an event; the last one is `ready` or `failed`. The client's leaving
-        gives the load up, unless others wait for it.
+        gives the load up, unless others wait for it or it is `ready` already.
 
         Raises:
             SLLMError: it was refused before it began.
@@ -74,7 +75,11 @@ class Orders:
             raise InvalidRequest("a load is for at least one instance, or for dram or nvme")
         await self._catalog.learn(order.spec, order.checkpoint)
         if order.cache_level is CacheLevel.DEVICE:
-            return await self._instances.ensure_ready(order, follow)
+            ready = await self._instances.ensure_ready(order, follow)
+            if not ready.arriving:
+                return ready
+            follow(ready)
+            return await self._instances.until_whole(ready)
         return await self._prefetch(order, follow)
 
     async def _prefetch(self, order: LoadRequest, follow: Callable[[LoadEvent], None]) -> LoadEvent:
@@ -110,7 +115,7 @@ class Orders:
             feed.fresh.clear()
             if feed.event is not None:
                 await self._write(request, feed.event)
-                await first(work, self._clock.sleep(settings.event_interval_s))
+                await first(work, feed.ready.wait(), self._clock.sleep(settings.event_interval_s))
         if work.cancelled():
             raise asyncio.CancelledError
         error = work.exception()
@@ -134,7 +139,10 @@ class _Feed:
     def __init__(self) -> None:
         self.event: LoadEvent | None = None
         self.fresh = asyncio.Event()
+        self.ready = asyncio.Event()
 
     def put(self, event: LoadEvent) -> None:
         self.event = event
         self.fresh.set()
+        if event.state == InstanceState.READY:
+            self.ready.set()

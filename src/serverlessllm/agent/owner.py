@@ -181,7 +181,7 @@ class Owner:
         """End loads that take longer than any may."""
         due: list[float] = []
         for instance in tuple(self._instances.values()):
-            if instance.pending:
+            if instance.pending or instance.arriving:
                 at_s = instance.queued_s + self._settings.load_s_max
                 if at_s <= now_s:
                     took = f"{self._settings.load_s_max:g} s"

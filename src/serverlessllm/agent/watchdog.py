@@ -60,6 +60,8 @@ class Watchdog:
         if instance.process is None or instance.process.exited.done() or not instance.running:
             return
         activity = instance.activity
+        if instance.arriving:  # its load has bounds of its own
+            activity.moved_s = now_s
         silent_s = now_s - activity.moved_s
         allowed_s = silence_s_max(
             activity.gaps_s, self._settings.hang_s_min, self._settings.hang_gap_factor

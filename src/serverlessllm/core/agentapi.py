@@ -72,5 +72,8 @@ class LoadEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     instance: InstanceId | None = None
     hops: tuple[HopTiming, ...] = ()
     """On `ready`: the whole breakdown."""
+    arriving: bool = False
+    """On `ready`: its bytes still move, and `hops` say how far they are; one more `ready` follows
+    when they are there, or `failed`."""
     error: JobError | None = None
     """On `failed`."""

@@ -13,6 +13,7 @@ from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import StoreUnavailable, TooManyRequests
 from serverlessllm.core.ids import CheckpointId
 from serverlessllm.core.models import CheckpointRef
+from serverlessllm.loader.arrivals import OnArriving
 from serverlessllm.loader.progress import Report
 from serverlessllm.loader.service import Loader
 from serverlessllm.testing.clock import VirtualClock
@@ -25,7 +26,13 @@ class Gated:
         self.running: dict[str, list[asyncio.Future[str]]] = {}
         self.begun: list[str] = []
 
-    async def load(self, ref: CheckpointRef, level: CacheLevel, report: Report | None) -> str:
+    async def load(
+        self,
+        ref: CheckpointRef,
+        level: CacheLevel,
+        report: Report | None,
+        on_arriving: OnArriving | None,
+    ) -> str:
         gate: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.running.setdefault(ref.id, []).append(gate)
         self.begun.append(ref.id)
