@@ -18,9 +18,14 @@ with atheris.instrument_imports(include=["serverlessllm.checkpoint"]):
     from targets import TARGETS
 
 from bounded import Bounded  # noqa: E402 - found by the line above
-from mutate import mutate_json  # noqa: E402
+from mutate import mutate_json, mutate_pickle  # noqa: E402
 
-JSON_TARGETS = frozenset({"index", "safetensors_header", "shard_map"})
+MUTATORS = {
+    "index": mutate_json,
+    "pickle": mutate_pickle,
+    "safetensors_header": mutate_json,
+    "shard_map": mutate_json,
+}
 
 
 def main() -> None:
@@ -29,7 +34,7 @@ def main() -> None:
     name = sys.argv.pop(1)
     words = HERE / "words" / f"{name}.dict"
     options = [f"-dict={words}"] if words.exists() else []
-    mutator = {"custom_mutator": mutate_json} if name in JSON_TARGETS else {}
+    mutator = {"custom_mutator": MUTATORS[name]} if name in MUTATORS else {}
     atheris.Setup([sys.argv[0], *options, *sys.argv[1:]], Bounded(TARGETS[name]), **mutator)
     atheris.Fuzz()
 

@@ -1,8 +1,9 @@
-"""Mutations that keep JSON whole: random bytes seldom get past the first brace."""
+"""Mutations that keep JSON and pickles whole: random bytes seldom get past the first brace."""
 
 from __future__ import annotations
 
 import json
+import pickletools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +43,36 @@ def mutate_json(data: bytes, size_max: int, seed: int) -> bytes:
     except (ValueError, IndexError, RecursionError):
         return bytes(atheris.Mutate(data, size_max))
     return changed if len(changed) <= size_max else data
+
+
+def mutate_pickle(data: bytes, size_max: int, seed: int) -> bytes:
+    """Drop, repeat, swap or replace one opcode, or, half of the time, libFuzzer's own."""
+    chance = random.Random(seed)
+    opcodes = _opcodes(data) if chance.random() < 0.5 else []
+    if len(opcodes) < 2:
+        return bytes(atheris.Mutate(data, size_max))
+    first, second = chance.randrange(len(opcodes)), chance.randrange(len(opcodes))
+    match chance.randrange(4):
+        case 0:
+            del opcodes[first]
+        case 1:
+            opcodes.insert(first, opcodes[second])
+        case 2:
+            opcodes[first], opcodes[second] = opcodes[second], opcodes[first]
+        case _:
+            opcodes[first] = bytes(atheris.Mutate(opcodes[first], 64))
+    return b"".join(opcodes)[:size_max]
+
+
+def _opcodes(data: bytes) -> list[bytes]:
+    """Cut where one opcode ends and the next begins, as far as that can be told."""
+    starts = []
+    try:
+        starts += [place for _, _, place in pickletools.genops(data) if place is not None]
+    except Exception:
+        starts.append(len(data))
+    ends = [*starts[1:], len(data)]
+    return [data[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def _places(node: object) -> Iterator[tuple[Node, str | int]]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from serverlessllm.checkpoint.index import decode_index, encode_index, layers, tensor_at
 from serverlessllm.checkpoint.layout import Layout
+from serverlessllm.checkpoint.pickles.archive import check_local, read_directory
+from serverlessllm.checkpoint.pickles.interpreter import read_state_dict
 from serverlessllm.checkpoint.sources.base import MemoryFile, RawCheckpoint, RawFile
 from serverlessllm.checkpoint.sources.gguf import gguf_layout
 from serverlessllm.checkpoint.sources.pick import SHARD_MAP, pick
@@ -61,6 +63,33 @@ def gguf(data: bytes) -> None:
     _check_layout(lambda files: gguf_layout(files["model.gguf"]), {"model.gguf": data})
 
 
+def pickle(data: bytes) -> None:
+    """The pickle inside of a PyTorch file: what is understood is plain values."""
+    try:
+        state = read_state_dict(data)
+    except CheckpointError:
+        return
+    for view in state.tensors:
+        assert {type(view.name), type(view.dtype), type(view.storage)} == {str}
+        assert {type(number) for number in (view.offset, *view.shape, *view.strides)} == {int}
+        assert len(view.shape) == len(view.strides)
+
+
+def zip_directory(data: bytes) -> None:
+    """A PyTorch file's zip: its entries lie apart and inside of it."""
+    file = MemoryFile("pytorch_model.bin", data)
+    try:
+        entries = sorted(read_directory(file).entries.values(), key=lambda entry: entry.start)
+        for entry in entries:
+            check_local(file, entry)
+    except CheckpointError:
+        return
+    _check_disjoint(
+        ((entry.start, entry.offset + entry.size_bytes - entry.start) for entry in entries),
+        len(data),
+    )
+
+
 def _safetensors(header: bytes, tensors: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + tensors
 
@@ -107,4 +136,6 @@ TARGETS: dict[str, Target] = {
     "safetensors_header": safetensors_header,
     "shard_map": shard_map,
     "gguf": gguf,
+    "pickle": pickle,
+    "zip_directory": zip_directory,
 }
