@@ -27,6 +27,7 @@ from serverlessllm.checkpoint.sources.base import RawCheckpoint
 from serverlessllm.checkpoint.sources.gguf import gguf_layout
 from serverlessllm.checkpoint.sources.pick import pick
 from serverlessllm.checkpoint.sources.safetensors import safetensors_layout
+from serverlessllm.checkpoint.sources.torch_zip import torch_layout
 from serverlessllm.checkpoint.writer import translating_disk_errors, write_bin
 from serverlessllm.core.errors import CheckpointError, Conflict, CorruptChunk, OutOfSpace
 from serverlessllm.core.ids import CheckpointId
@@ -69,7 +70,8 @@ def plan_layout(raw: RawCheckpoint) -> Layout:
     chosen = pick(raw.files)
     if chosen.format == "gguf":
         return gguf_layout(raw.files[chosen.weights[0]])
-    layout = safetensors_layout(raw, chosen)
+    layout_of = torch_layout if chosen.format == "torch" else safetensors_layout
+    layout = layout_of(raw, chosen)
     return adapter_layout(raw, layout) if chosen.adapter else layout
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A folder of safetensors, or a .gguf file.")],
+    source: Annotated[Path, typer.Argument(help="A folder of weights, or one file of them.")],
     destination: Annotated[Path, typer.Argument(help="Folder for model.bin and model.idx.")],
     model: Annotated[
         str | None, typer.Option(help="The model's name. [default: the source's]")
@@ -61,7 +61,8 @@ def _open(source: Path, model: str | None, revision: str) -> RawCheckpoint:
 
     if not source.exists():
         raise Failure(f"{source}: no such file or folder")
-    name = model or source.resolve().name.removesuffix(".gguf")
+    named = source.resolve()
+    name = model or (named.name if source.is_dir() else named.stem)
     name = model_name(parse_model_id(name))
     if source.is_dir():
         return open_folder(source, model=name, revision=revision)

@@ -29,6 +29,8 @@ from serverlessllm.store.errors import ObjectMissing
 from serverlessllm.store.open import open_objects
 
 _REVISION_HEX = 16
+_WEIGHTS = (".gguf", ".safetensors", ".pt", ".pth", ".bin")
+"""Ends of names that are a file, not a folder."""
 
 
 def open_source(
@@ -75,8 +77,8 @@ def _open_local(path: Path, model: ModelId) -> RawCheckpoint:
 def _open_bucket(
     source: str, model: ModelId, settings: IngestSettings, fetcher: Fetcher
 ) -> RawCheckpoint:
-    """A folder, or one file whose name ends in `.gguf`, of an object store."""
-    folder, _, file = source.rpartition("/") if source.endswith(".gguf") else (source, "", "")
+    """A folder, or one file of weights, of an object store."""
+    folder, _, file = source.rpartition("/") if source.endswith(_WEIGHTS) else (source, "", "")
     objects = open_objects(folder, settings.sources, SystemClock())
     try:
         found = [fetcher.head(objects, file)] if file else fetcher.list(objects)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serverlessllm.checkpoint.sources.pick import SHARD_MAP, pick
+from serverlessllm.checkpoint.sources.pick import SHARD_MAP, TORCH_SHARD_MAP, pick
 from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
 
 SHARDS = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
@@ -59,14 +59,61 @@ def test_a_split_gguf_is_refused_with_the_way_out() -> None:
         pick(["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"])
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "m.pt", "m.pth", "m.ckpt"]
-)
-def test_pickles_are_refused_with_the_way_out(name: str) -> None:
-    with pytest.raises(UnsupportedCheckpoint, match=r"pickles.*\.safetensors"):
-        pick([name, "config.json"])
+TORCH_SHARDS = [f"pytorch_model-{n:05d}-of-00002.bin" for n in (1, 2)]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "m.pt", "m.pth", "m.ckpt", "weights.bin"])
+def test_the_only_pytorch_file(name: str) -> None:
+    chosen = pick([name, "config.json", "optimizer.pt", "training_args.bin", "rng_state_0.pth"])
+    assert chosen.format == "torch"
+    assert chosen.names == ("config.json", name)
+
+
+def test_pytorch_comes_last() -> None:
+    files = ["pytorch_model.bin", "m.gguf"]
+    assert pick(files).format == "gguf"
+    assert pick([*files, "model.safetensors"]).format == "safetensors"
+
+
+def test_pytorch_shards() -> None:
+    chosen = pick([*TORCH_SHARDS, TORCH_SHARD_MAP, "scheduler.pt", "other.bin"])
+    assert chosen.names == (TORCH_SHARD_MAP, *TORCH_SHARDS)
+    assert pick(TORCH_SHARDS).weights == tuple(TORCH_SHARDS)
+    with pytest.raises(CheckpointError, match="shard 2 of 2 is missing"):
+        pick(TORCH_SHARDS[:1])
+    assert pick([*TORCH_SHARDS, TORCH_SHARD_MAP, "pytorch_model.bin"]).shard_map is None
+
+
+def test_several_pytorch_files_are_listed() -> None:
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth, consolidated\.01\.pth"):
+        pick(["consolidated.00.pth", "consolidated.01.pth"])
+
+
+def test_an_adapter_in_a_pickle() -> None:
+    chosen = pick(["adapter_config.json", "adapter_model.bin", "training_args.bin"])
+    assert chosen.adapter
+    assert chosen.format == "torch"
+    assert chosen.weights == ("adapter_model.bin",)
+
+
+def test_a_plain_pickle_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UnsupportedCheckpoint, match=r"plain pickles.*\.safetensors"):
+        pick(["m.pkl", "config.json"])
+
+
+def test_what_a_trainer_leaves_is_no_model() -> None:
+    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
+        pick(
+            [
+                "optimizer.bin",
+                "scheduler.pt",
+                "training_args.bin",
+                "scaler.pt",
+                "random_states_0.pt",
+            ]
+        )
 
 
 def test_no_weights() -> None:
-    with pytest.raises(CheckpointError, match=r"no \.safetensors and no \.gguf"):
+    with pytest.raises(CheckpointError, match=r"no \.safetensors, no \.gguf and no PyTorch file"):
         pick(["config.json", "adapter_model.safetensors"])

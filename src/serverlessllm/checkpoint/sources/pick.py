@@ -11,22 +11,29 @@ from serverlessllm.checkpoint.side_files import is_side_file
 from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
 
 SHARD_MAP = "model.safetensors.index.json"
+TORCH_SHARD_MAP = "pytorch_model.bin.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTERS = {"adapter_model.safetensors": "safetensors", "adapter_model.bin": "torch"}
 SPLIT_GGUF = (
     "{} is a piece of a split GGUF: join the pieces with "
     "`llama-gguf-split --merge FIRST-PIECE OUT.gguf` and use OUT.gguf"
 )
 
 _SHARD = re.compile(r"(?P<stem>[A-Za-z0-9][\w.-]{0,200}?)-(?P<number>\d{5})-of-(?P<count>\d{5})")
-_PICKLE = re.compile(r".*\.(?:bin|pt|pth|ckpt|pkl)", re.IGNORECASE)
+_TORCH = (".bin", ".pt", ".pth", ".ckpt")
 _NOT_A_MODEL = ("adapter_model", "mmproj", "optimizer", "scheduler")
+_NOT_TORCH_WEIGHTS = re.compile(
+    r"(?:.*[_.-])?(?:optim(?:izer)?|scheduler|scaler|training_args|trainer_state|rng_state|"
+    r"random_states)(?:[_.-].*)?"
+)
+"""What trainers leave beside the weights."""
 
 
 class Pick(msgspec.Struct, frozen=True, kw_only=True):
     """The files to convert: `weights` in one `format`, and what goes with them."""
 
     format: str
-    """`safetensors` or `gguf`."""
+    """`safetensors`, `gguf` or `torch`."""
     weights: tuple[str, ...]
     shard_map: str | None = None
     """Says which tensor is in which of several `weights`."""
@@ -42,10 +49,10 @@ class Pick(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def pick(names: Iterable[str]) -> Pick:
-    """Choose among the files at the top of a source: safetensors, the one GGUF, an adapter.
+    """Choose among the files at the top of a source: safetensors, a GGUF, an adapter, PyTorch's.
 
     Raises:
-        UnsupportedCheckpoint: only PyTorch pickles, or a GGUF in pieces; says the way out.
+        UnsupportedCheckpoint: a plain pickle, or a GGUF in pieces; says the way out.
         CheckpointError: no weights, or no way to tell which of several are meant.
     """
     present = sorted(names)
@@ -59,29 +66,48 @@ def pick(names: Iterable[str]) -> Pick:
     adapter = _pick_adapter(present)
     if adapter is not None:
         return adapter
-    if any(_PICKLE.fullmatch(name) for name in weights):
+    torch = [
+        name
+        for name in weights
+        if name.endswith(_TORCH) and not _NOT_TORCH_WEIGHTS.fullmatch(name.rpartition(".")[0])
+    ]
+    if torch:
+        return _pick_torch(torch, present)
+    if any(name.endswith((".pkl", ".pickle")) for name in weights):
         raise UnsupportedCheckpoint(
-            "only PyTorch pickles are here, which can run code when they are read, so they are "
-            "not (support without running them is planned): use a revision of the model that has "
-            ".safetensors files, or convert it with the `convert.py` of the safetensors project"
+            "only plain pickles are here, which are programs: use a revision of the model that "
+            "has .safetensors files, or the weights as `torch.save` writes them"
         )
-    raise CheckpointError("no .safetensors and no .gguf file at the top of the source")
+    raise CheckpointError(
+        "no .safetensors, no .gguf and no PyTorch file (.bin, .pt, .pth) at the top of the source"
+    )
 
 
 def _pick_safetensors(files: list[str], present: list[str]) -> Pick:
+    return _pick_tensors("safetensors", "model.safetensors", SHARD_MAP, files, present)
+
+
+def _pick_torch(files: list[str], present: list[str]) -> Pick:
+    return _pick_tensors("torch", "pytorch_model.bin", TORCH_SHARD_MAP, files, present)
+
+
+def _pick_tensors(
+    format_: str, usual: str, usual_map: str, files: list[str], present: list[str]
+) -> Pick:
+    """The file of the usual name, else what the map names, else a whole set, else the only one."""
     shard_map = None
-    if "model.safetensors" in files:
-        weights = ["model.safetensors"]
-    elif SHARD_MAP in present:
-        shard_map = SHARD_MAP
+    if usual in files:
+        weights = [usual]
+    elif usual_map in present:
+        shard_map = usual_map
         weights = [name for name in files if _shard(name)]
     elif len(files) == 1 and not _shard(files[0]):
         weights = files
     else:
         weights = files
-        _check_all_shards(files)
+        _check_all_shards(files, usual_map)
     return Pick(
-        format="safetensors",
+        format=format_,
         weights=tuple(weights),
         shard_map=shard_map,
         side_files=tuple(filter(is_side_file, present)),
@@ -90,12 +116,12 @@ def _pick_safetensors(files: list[str], present: list[str]) -> Pick:
 
 def _pick_adapter(present: list[str]) -> Pick | None:
     """A folder of PEFT; None when a whole model lies there too, or it is none."""
-    weights = "adapter_model.safetensors"
     whole = any(name.startswith("pytorch_model") for name in present)
-    if whole or weights not in present or ADAPTER_CONFIG not in present:
+    weights = next((name for name in _ADAPTERS if name in present), None)
+    if whole or weights is None or ADAPTER_CONFIG not in present:
         return None
     return Pick(
-        format="safetensors",
+        format=_ADAPTERS[weights],
         weights=(weights,),
         side_files=tuple(filter(is_side_file, present)),
         adapter=True,
@@ -113,13 +139,13 @@ def _pick_gguf(files: list[str]) -> Pick:
     return Pick(format="gguf", weights=(files[0],))
 
 
-def _check_all_shards(files: list[str]) -> None:
+def _check_all_shards(files: list[str], shard_map: str) -> None:
     """Shards without a map are a model only if none is missing and none is of another set."""
     shards = [_shard(name) for name in files]
     sets = {(shard["stem"], int(shard["count"])) for shard in shards if shard}
     if not all(shards) or len(sets) != 1:
         raise CheckpointError(
-            f"several .safetensors files ({_listed(files)}) and no {SHARD_MAP}: it has to say "
+            f"several files of weights ({_listed(files)}) and no {shard_map}: it has to say "
             "which tensors are in which"
         )
     count = sets.pop()[1]
