@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 
 from serverlessllm.backends.transformers import ENVIRONMENT
 
@@ -21,6 +22,7 @@ _LIBRARIES = (
     "jinja2.sandbox",
     "serverlessllm.backends.inside.transformers.server",
 )
+FAILED_STATUS = 1
 _FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt2")
 """Whose code is imported ahead; another model's is imported when it starts."""
 
@@ -39,13 +41,17 @@ def preload() -> None:
 
 
 def main(argument: str) -> None:
-    """Be an instance, as `EngineParameters` in JSON say, until SIGTERM. Does not return: torch's
-    way out of an interpreter takes longer than its way in, and nothing is left to be saved."""
+    """Be an instance, as `EngineParameters` in JSON say, until SIGTERM. Does not return: the
+    library's thread would keep the interpreter from ending, and nothing is left to be saved."""
     from serverlessllm.backends.inside.transformers.server import run
 
+    status = FAILED_STATUS
     try:
         status = run(argument)
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(status)
+        os._exit(status)
