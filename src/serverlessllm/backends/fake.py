@@ -1,8 +1,9 @@
-"""An engine without weights: deterministic tokens, times and faults as asked, real HTTP."""
+"""An engine that computes nothing: deterministic tokens, times and faults as asked, real HTTP."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -50,6 +51,9 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Cut the connection in the middle of an event before the token of this number."""
     flood_bytes: _Count = 0
     """Print so much at each request."""
+    layered: bool = False
+    """Start while the checkpoint still moves. Each chunk of it stands for a layer: the token of a
+    number is read from the chunk of that number (its CRC32C), once that is there."""
 
 
 class Fake:
@@ -62,13 +66,17 @@ class Fake:
         return None
 
     def can_serve(self, spec: ModelSpec, index: Index | None, node: Node) -> Offer | Refusal:
-        del index, node
+        del node
         if spec.backend != self.name:
             return Refusal(reason="makes its answers up: only for models that name it")
         options = parse_options(spec.options, FakeOptions)
         if isinstance(options, Refusal):
             return options
-        return Offer(memory_bytes=options.memory_bytes, slots=options.slots)
+        if options.layered and index is None:
+            return Refusal(reason="layered: true needs a checkpoint, whose chunks are its layers")
+        return Offer(
+            memory_bytes=options.memory_bytes, slots=options.slots, layered=options.layered
+        )
 
     def launch(self, launch: Launch) -> LaunchPlan:
         options = parse_options(launch.spec.options, FakeOptions)
@@ -76,7 +84,12 @@ class Fake:
             raise AssertionError("launch without can_serve")
         address = Address(f"unix:{launch.run_dir / 'backend.sock'}")
         return LaunchPlan(
-            command=fake_command(address, launch.spec.model, options),
+            command=fake_command(
+                address,
+                launch.spec.model,
+                options,
+                launch.index_path if options.layered else None,
+            ),
             address=address,
             tells_ready=True,
         )
@@ -85,7 +98,12 @@ class Fake:
         return msgspec.json.decode(body, type=BackendStats)
 
 
-def fake_command(address: Address, model: str, options: FakeOptions) -> tuple[str, ...]:
-    """How to start the fake's server by hand, on `unix:/path` or `http://host:port`."""
+def fake_command(
+    address: Address, model: str, options: FakeOptions, index_path: Path | None = None
+) -> tuple[str, ...]:
+    """How to start the fake's server by hand, on `unix:/path` or `http://host:port`; `index_path`
+    only with `layered`."""
     asked = msgspec.json.encode(options).decode()
-    return (sys.executable, "-m", "serverlessllm.backends.inside.fake", address, model, asked)
+    module = "serverlessllm.backends.inside.fake"
+    layers = () if index_path is None else (str(index_path),)
+    return (sys.executable, "-m", module, address, model, asked, *layers)

@@ -1,7 +1,7 @@
 """The fake engine's process: an OpenAI server that computes nothing.
 
-`python -m serverlessllm.backends.inside.fake ADDRESS MODEL OPTIONS_JSON`. The token of a given
-place in the answer to a given prompt is always the same, so a replay can be checked.
+`python -m serverlessllm.backends.inside.fake ADDRESS MODEL OPTIONS_JSON [IDX]`. The token of a
+given place in the answer to a given prompt is always the same, so a replay can be checked.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import sys
 import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from serverlessllm.backends.base import BackendStats
+from serverlessllm.backends.base import READY_FD, BackendStats
 from serverlessllm.backends.fake import FakeOptions
+from serverlessllm.backends.inside.fake_layers import Layers
 from serverlessllm.core.clock import SystemClock, wall_s
 from serverlessllm.core.errors import InvalidRequest, MethodNotAllowed, RouteNotFound
 from serverlessllm.core.ids import Address
@@ -87,10 +89,12 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str
     prompt: str
     logprobs: bool
+    tokens: list[str]
+    """So far."""
 
     def pieces(self, number: int) -> dict[str, object]:
         """The choice of one streamed chunk."""
-        token = token_at(self.prompt, number)
+        token = self.tokens[number]
         choice: dict[str, object] = {"index": 0, "finish_reason": None}
         if self.kind == "chat":
             choice["delta"] = {"content": token}
@@ -102,7 +106,7 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     def whole(self) -> dict[str, object]:
         """The choice of an answer that is not streamed."""
-        text = "".join(token_at(self.prompt, number) for number in range(self.count))
+        text = "".join(self.tokens)
         choice: dict[str, object] = {"index": 0, "finish_reason": self.finish_reason}
         if self.kind == "chat":
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
@@ -113,7 +117,7 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     def scores(self, numbers: range) -> dict[str, object]:
         """Log probabilities in the API's two shapes: every token was certain."""
-        tokens = [token_at(self.prompt, number) for number in numbers]
+        tokens = [self.tokens[number] for number in numbers]
         if self.kind == "chat":
             content = [
                 {"token": t, "logprob": 0.0, "bytes": list(t.encode()), "top_logprobs": []}
@@ -132,9 +136,10 @@ def token_at(prompt: str, number: int) -> str:
 class FakeServer:
     """Routes, slots and figures."""
 
-    def __init__(self, model: str, options: FakeOptions) -> None:
+    def __init__(self, model: str, options: FakeOptions, layers: Layers | None = None) -> None:
         self._model = model
         self._options = options
+        self._layers = layers
         self._slots = asyncio.Semaphore(options.slots)
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._running = self._queued = self._progress = self._answers = 0
@@ -158,6 +163,8 @@ class FakeServer:
             request.respond(200, _JSON, b'{"status":"ok"}')
         elif route == ("GET", "/stats"):
             request.respond(200, _JSON, _encoder.encode(self._stats()))
+        elif route == ("GET", "/layers") and self._layers is not None:
+            request.respond(200, _JSON, _encoder.encode(self._layers.told()))
         elif request.path.startswith("/v1/") and request.method not in {"GET", "POST"}:
             raise MethodNotAllowed(f"{request.method} is not a method of {request.path}")
         else:
@@ -218,10 +225,11 @@ class FakeServer:
             finish_reason="length" if count < self._options.tokens else "stop",
             prompt=prompt,
             logprobs=logprobs,
+            tokens=[],
         )
         usage = self._usage(prompt, answer.count)
         if not ask.stream:
-            async for _ in self._tokens(request, answer.count):
+            async for _ in self._tokens(request, answer):
                 pass
             body = answer.head | {"choices": [answer.whole()], "usage": usage}
             request.respond(200, _JSON, _encoder.encode(body))
@@ -230,7 +238,7 @@ class FakeServer:
         if kind == "chat":
             role = {"role": "assistant", "content": "", "refusal": None}
             await _event(request, answer, {"index": 0, "delta": role, "finish_reason": None})
-        async for number in self._tokens(request, answer.count):
+        async for number in self._tokens(request, answer):
             await _event(request, answer, answer.pieces(number))
         last: dict[str, object] = {"delta": {}} if kind == "chat" else {"text": ""}
         await _event(request, answer, {"index": 0, "finish_reason": answer.finish_reason} | last)
@@ -240,10 +248,10 @@ class FakeServer:
         await request.write(DONE)
         request.finish()
 
-    async def _tokens(self, request: Request, count: int) -> AsyncIterator[int]:
+    async def _tokens(self, request: Request, answer: _Answer) -> AsyncIterator[int]:
         """The numbers of the tokens, each when its time has come, or the fault that was asked."""
         options = self._options
-        for number in range(count):
+        for number in range(answer.count):
             await asyncio.sleep(options.token_s if number else options.first_token_s)
             if number == options.crash_at_token:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -254,6 +262,10 @@ class FakeServer:
                     await request.write(b'data: {"choices": [{"ind')
                 request.abort()
                 raise asyncio.CancelledError
+            layers = self._layers
+            answer.tokens.append(
+                token_at(answer.prompt, number) if layers is None else await layers.token(number)
+            )
             self._progress += 1
             yield number
 
@@ -324,17 +336,20 @@ async def _read(request: Request, type_: type[_Body]) -> _Body:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
 
 
-async def serve(address: Address, model: str, options: FakeOptions) -> None:
+async def serve(
+    address: Address, model: str, options: FakeOptions, index_path: Path | None = None
+) -> None:
     """Become ready after `start_s`, tell, and serve until SIGTERM."""
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     await asyncio.sleep(options.start_s)
     if options.fail_start:
         sys.exit("fake: asked to fail its start")
-    fake = FakeServer(model, options)
+    layers = Layers(index_path) if options.layered and index_path is not None else None
+    fake = FakeServer(model, options, layers)
     server = EdgeServer(fake.handle, EdgeSettings(), render_error, SystemClock())
     await server.start(address)
-    ready = os.environ.pop("SLLM_READY_FD", None)
+    ready = os.environ.pop(READY_FD, None)
     if ready is not None:
         os.write(int(ready), b"\n")
         os.close(int(ready))
@@ -343,6 +358,12 @@ async def serve(address: Address, model: str, options: FakeOptions) -> None:
 
 
 if __name__ == "__main__":
+    _address, _model, _options, *_index = sys.argv[1:]
     asyncio.run(
-        serve(Address(sys.argv[1]), sys.argv[2], msgspec.json.decode(sys.argv[3], type=FakeOptions))
+        serve(
+            Address(_address),
+            _model,
+            msgspec.json.decode(_options, type=FakeOptions),
+            Path(_index[0]) if _index else None,
+        )
     )

@@ -1,0 +1,54 @@
+"""A real store whose reads wait, or fail, when they are told to: for tests of what takes time."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from serverlessllm.core.clock import SystemClock
+from serverlessllm.core.errors import SLLMError
+from serverlessllm.store.checkpoints import CheckpointStore
+from serverlessllm.store.open import open_objects
+from serverlessllm.store.settings import StoreSettings
+
+
+class GatedStore(CheckpointStore):
+    """A folder store that gives the first bytes of each `.bin` and holds the rest back. It is read
+    by ranges, as one behind a network."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(open_objects(folder.as_uri(), StoreSettings(), SystemClock(), create=True))
+        self._limit_bytes: float = float("inf")
+        self._error: SLLMError | None = None
+        self._turn = asyncio.Event()
+        self.held = 0
+        """Reads that wait now."""
+
+    def let(self, limit_bytes: float = float("inf")) -> None:
+        """From now on, give what ends before that."""
+        self._limit_bytes, self._error = limit_bytes, None
+        self._take_turns()
+
+    def fail(self, error: SLLMError) -> None:
+        """Raise that instead of holding back."""
+        self._error = error
+        self._take_turns()
+
+    def local_bin(self, prefix: str) -> Path | None:
+        del prefix
+        return None
+
+    async def read_range(self, prefix: str, offset: int, size: int) -> memoryview:
+        self.held += 1
+        try:
+            while offset + size > self._limit_bytes:
+                if self._error is not None:
+                    raise self._error
+                await self._turn.wait()
+        finally:
+            self.held -= 1
+        return await super().read_range(prefix, offset, size)
+
+    def _take_turns(self) -> None:
+        turn, self._turn = self._turn, asyncio.Event()
+        turn.set()
