@@ -15,6 +15,7 @@ from serverlessllm.checkpoint.index import (
     CHUNK_BYTES,
     IDX_NAME,
     Index,
+    Quantization,
     checkpoint_id,
     decode_index,
     encode_index,
@@ -28,7 +29,7 @@ from serverlessllm.checkpoint.sources.gguf import gguf_layout
 from serverlessllm.checkpoint.sources.pick import pick
 from serverlessllm.checkpoint.sources.safetensors import safetensors_layout
 from serverlessllm.checkpoint.sources.torch_zip import torch_layout
-from serverlessllm.checkpoint.writer import translating_disk_errors, write_bin
+from serverlessllm.checkpoint.writer import translating_disk_errors, write_all, write_bin
 from serverlessllm.core.errors import CheckpointError, Conflict, CorruptChunk, OutOfSpace
 from serverlessllm.core.ids import CheckpointId
 
@@ -81,13 +82,15 @@ def convert(
     *,
     on_chunk: Callable[[ChunkDone], None] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    quantization: Quantization | None = None,
 ) -> Converted:
     """Write `model.bin` and `model.idx` into `out_dir`. Blocking: give it a process or a thread.
 
     Memory: up to 64 MiB of chunks (or two of them), and the header. `on_chunk` is called for each
     chunk in order, also for those that an earlier run has left. The same input always gives the
     same bytes. An `.idx` in `out_dir` means that the `.bin` beside it is whole and was read back
-    from the disk. What is finished already is verified, and not converted again.
+    from the disk. What is finished already is verified, and not converted again. `quantization`
+    says what was done to the weights before: it is recorded, not done here.
 
     Raises:
         CheckpointError: the source is not valid, or not supported; says the way out.
@@ -96,7 +99,7 @@ def convert(
         CorruptChunk: the disk gives back other bytes than it was given; nothing is left behind.
         Conflict: another conversion is writing to `out_dir`.
     """
-    layout = plan_layout(raw)
+    layout = msgspec.structs.replace(plan_layout(raw), quantization=quantization)
     with translating_disk_errors(layout.size_bytes), _only_writer(out_dir):
         try:
             with translating_disk_errors(layout.size_bytes):
@@ -198,9 +201,13 @@ class _Conversion:
 def _finish(idx: bytes, idx_path: Path, partial: Path, bin_path: Path) -> None:
     """Make both files appear, the `.idx` last: whoever sees it has a whole checkpoint."""
     idx_partial = idx_path.with_name(idx_path.name + PARTIAL_SUFFIX)
-    with idx_partial.open("wb", buffering=0) as file:
-        file.write(idx)
-        os.fsync(file.fileno())
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(idx_partial, flags, 0o644)
+    try:
+        write_all(fd, 0, memoryview(idx))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
     idx_path.unlink(missing_ok=True)
     partial.rename(bin_path)
     _sync_folder(bin_path.parent)

@@ -13,6 +13,7 @@ from serverlessllm.checkpoint.index import (
     TENSOR_ALIGNMENT_BYTES,
     Chunk,
     Index,
+    Quantization,
     SideFile,
     Tensor,
 )
@@ -52,6 +53,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     aliases: dict[str, str] = {}
     architecture: str | None = None
     base: str | None = None
+    quantization: Quantization | None = None
+    """What was done to the weights before they became this source."""
     license: str | None = None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -83,6 +86,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
             license=raw.license or self.license,
             architecture=self.architecture,
             base=self.base,
+            quantization=self.quantization,
             kind=self.kind,
             size_bytes=self.size_bytes,
             alignment_bytes=self.alignment_bytes,

@@ -166,7 +166,7 @@ class _ChunkWriter:
             given = checksum(buffer[:size])
             whole_pages = buffer[: paged(size)]
             whole_pages[size:] = bytes(len(whole_pages) - size)
-            _write_all(self._fd, offset, whole_pages)
+            write_all(self._fd, offset, whole_pages)
             _forget_cached(self._fd, offset, size)
             # BLAKE3 costs three times CRC32C: it is taken once, of what the disk gives back.
             came_back = read_chunk(self._fd, offset, buffer, size)
@@ -181,7 +181,8 @@ class _ChunkWriter:
             self._buffers.put(buffer)
 
 
-def _write_all(fd: int, offset: int, view: memoryview) -> None:
+def write_all(fd: int, offset: int, view: memoryview) -> None:
+    """Write all of `view` at `offset`, past the page cache for as long as the file system lets."""
     done = 0
     while done < len(view):
         try:

@@ -10,7 +10,7 @@ from serverlessllm.cli import options
 from serverlessllm.cli.local import Checkpoint, LocalCheckpoint, open_local
 
 if TYPE_CHECKING:
-    from serverlessllm.checkpoint.index import Index, Tensor
+    from serverlessllm.checkpoint.index import Index, Quantization, Tensor
 
 
 def inspect(
@@ -45,7 +45,9 @@ def _print_head(found: LocalCheckpoint) -> None:
         "source": index.source,
         "license": index.license or "",
         "architecture": index.architecture or "",
+        "adapter of": index.base or "",
         "kind": index.kind,
+        "quantized": _quantization(index.quantization) if index.quantization else "",
         "size": f"{format_size(index.size_bytes)} ({index.size_bytes} bytes)",
         "tensors": f"{len(index.tensors)}"
         + (f" and {len(index.aliases)} tied" if index.aliases else ""),
@@ -56,6 +58,11 @@ def _print_head(found: LocalCheckpoint) -> None:
     for name, value in facts.items():
         if value:
             print(f"{name:<{width}}  {value}")
+
+
+def _quantization(done: Quantization) -> str:
+    group = f"{done.group_size} weights" if done.group_size else "row"
+    return f"{done.scheme}, a scale for each {group}, by {done.library}, error {done.error:.4g}"
 
 
 def _print_layers(index: Index, *, tensors: bool) -> None:

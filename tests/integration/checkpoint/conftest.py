@@ -1,4 +1,4 @@
-"""The converter in a process of its own, which may be killed, starved or measured."""
+"""The converter in a process of its own, which may be starved or measured."""
 
 from __future__ import annotations
 
@@ -12,48 +12,32 @@ import pytest
 RunConverter = Callable[..., "subprocess.CompletedProcess[str]"]
 
 _SCRIPT = """
-import os, resource, signal, sys
+import resource, sys, threading
 from pathlib import Path
 from serverlessllm.checkpoint.convert import convert
 from serverlessllm.checkpoint.sources.base import open_folder
 from serverlessllm.core.errors import SLLMError
 
-source, out, chunk_bytes, kill_at_chunk, kill_at_call = sys.argv[1:]
-calls = 0
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def count_calls(event, arguments):
-    global calls
-    if event in {"os.rename", "os.remove", "os.truncate"} or (
-        event == "open" and str(arguments[0]).startswith(out)
-    ):
-        calls += 1
-        if calls == int(kill_at_call):
-            kill()
-
-def on_chunk(chunk):
-    if chunk.number == int(kill_at_chunk):
-        kill()
-
-sys.addaudithook(count_calls)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+source, out, chunk_bytes, data_bytes_max = sys.argv[1:]
+if int(data_bytes_max):
+    threading.stack_size(1 << 20)  # the limit counts what a stack may become, 8 MiB each
+    resource.setrlimit(resource.RLIMIT_DATA, (int(data_bytes_max),) * 2)
 try:
-    raw = open_folder(Path(source), model="test/model")
-    done = convert(raw, Path(out), on_chunk=on_chunk, chunk_bytes=int(chunk_bytes))
+    convert(open_folder(Path(source), model="test/model"), Path(out), chunk_bytes=int(chunk_bytes))
 except SLLMError as error:
     sys.exit(f"{error.code}: {error.message}")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+status = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 """
 
 
 @pytest.fixture
 def run_converter() -> RunConverter:
-    """Run it: `kill_at_chunk` after that chunk, `kill_at_call` before the n-th change of a name.
+    """Run it; `wrapper` is put before the command.
 
-    `wrapper` is put before the command. The last line of its stdout is how many KiB its memory
-    grew at most; of its stderr the code and message of an error.
+    `data_bytes_max` is all the memory it may take for itself, of whatever kind (RLIMIT_DATA). The
+    first line of its stdout is how many KiB it had resident at most; of its stderr the code and
+    message of an error.
     """
 
     def run(
@@ -61,14 +45,13 @@ def run_converter() -> RunConverter:
         out: Path,
         *,
         chunk_bytes: int = 16 << 20,
-        kill_at_chunk: int = -1,
-        kill_at_call: int = -1,
+        data_bytes_max: int = 0,
         wrapper: Sequence[str] = (),
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", _SCRIPT, str(source), str(out)]
-        numbers = (chunk_bytes, kill_at_chunk, kill_at_call)
+        numbers = (chunk_bytes, data_bytes_max)
         return subprocess.run(
-            [*wrapper, *command, *map(str, numbers)], capture_output=True, text=True, timeout=60
+            [*wrapper, *command, *map(str, numbers)], capture_output=True, text=True, timeout=300
         )
 
     return run

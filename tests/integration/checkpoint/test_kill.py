@@ -2,67 +2,52 @@
 
 from __future__ import annotations
 
-import random
-import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from serverlessllm.checkpoint.convert import convert
-from serverlessllm.checkpoint.index import decode_index
-from serverlessllm.checkpoint.reader import verify
-from serverlessllm.checkpoint.sources.base import open_folder
-from serverlessllm.testing.checkpoints import write_random_safetensors
+from serverlessllm.checkpoint.sources.base import open_file, open_folder
+from serverlessllm.testing.checkpoints import write_random_gguf, write_random_safetensors
 
-CHUNK_BYTES = 16 * 1024
-
-
-def result(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_random_safetensors(tmp_path / "raw", shards=2)
+SOURCES: dict[str, Callable[[Path], Path]] = {
+    "safetensors": write_random_safetensors,
+    "shards": lambda path: write_random_safetensors(path, shards=3, seed=1),
+    "gguf": lambda path: write_random_gguf(path.with_suffix(".gguf")),
+}
+CHUNKS = 24
+"""Each is written, and noted: over 50 points a source."""
 
 
 @pytest.fixture
-def expected(source: Path, tmp_path: Path) -> dict[str, bytes]:
-    convert(open_folder(source, model="test/model"), tmp_path / "expected", chunk_bytes=CHUNK_BYTES)
-    return result(tmp_path / "expected")
+def quick_disk(tmp_path: Path) -> Iterator[Path]:
+    """In memory where that can be had: a kill leaves the same there, and syncing costs nothing."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
+        yield Path(folder)
 
 
-def check_promise(out: Path) -> None:
-    """Whoever sees an index has a whole checkpoint, however its writer ended."""
-    if (out / "model.idx").exists():
-        verify(out / "model.bin", decode_index((out / "model.idx").read_bytes()))
-
-
-def test_killed_at_chunks(
-    run_converter: Any, source: Path, expected: dict[str, bytes], tmp_path: Path
+@pytest.mark.parametrize("kind", SOURCES)
+def test_killed_at_every_change_of_the_disk_and_again_while_resuming(
+    kind: str, tmp_path: Path, quick_disk: Path
 ) -> None:
-    chunks = len(decode_index(expected["model.idx"]).chunks)
-    out = tmp_path / "out"
-    for chunk in (*sorted(random.Random(7).sample(range(1, chunks - 1), 3)), chunks - 1):
-        ended = run_converter(source, out, chunk_bytes=CHUNK_BYTES, kill_at_chunk=chunk)
-        assert ended.returncode == -signal.SIGKILL
-        assert not (out / "model.idx").exists()
-        assert len((out / "model.journal").read_bytes().splitlines()) >= chunk + 2
-    assert run_converter(source, out, chunk_bytes=CHUNK_BYTES).returncode == 0
-    assert result(out) == expected
-
-
-def test_killed_before_every_change_of_a_name(
-    run_converter: Any, source: Path, expected: dict[str, bytes], tmp_path: Path
-) -> None:
-    """Each run gets one call further than the last, over what the last one left."""
-    out = tmp_path / "out"
-    for call in range(1, 40):
-        ended = run_converter(source, out, chunk_bytes=CHUNK_BYTES, kill_at_call=call)
-        check_promise(out)
-        if ended.returncode == 0:
-            break
-        assert ended.returncode == -signal.SIGKILL
-    assert call > 8
-    assert result(out) == expected
+    source = SOURCES[kind](tmp_path / "raw")
+    opened = open_folder if source.is_dir() else open_file
+    whole = convert(opened(source, model="test/model"), tmp_path / "whole")
+    chunk_bytes = 1 << (whole.size_bytes // CHUNKS).bit_length()
+    expected = tmp_path / "expected"
+    convert(opened(source, model="test/model"), expected, chunk_bytes=chunk_bytes)
+    out = quick_disk / "out"
+    script = Path(__file__).with_name("killing.py")
+    arguments = (source, expected, out, chunk_bytes, 7)
+    ended = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    points, killed_again = map(int, ended.stdout.split())
+    assert points >= 40
+    assert killed_again >= points // 3
