@@ -234,9 +234,8 @@ class TestContract:
         process = start("import os, time\nif os.fork(): os._exit(1)\ntime.sleep(60)")
         assert await process.exited == 1
         await eventually(lambda: not list(session_members(process.pid)))
-        template = await of(templates)
         # The keeper adopts what an instance leaves, and does not keep the dead.
-        await eventually(lambda: children(template._keeper.pid) == [template.pid])
+        await at_rest(await of(templates))
 
     async def test_it_finds_its_setting_and_nothing_of_the_template(
         self, start: Start, tmp_path: Path
@@ -293,8 +292,7 @@ class TestContract:
         processes = [start(f"raise SystemExit({number})") for number in range(12)]
         assert await asyncio.gather(*(each.exited for each in processes)) == list(range(12))
         assert all(each.log_tail == () for each in processes)  # nobody was executed
-        template = await of(templates)
-        await eventually(lambda: children(template._keeper.pid) == [template.pid])
+        await at_rest(await of(templates))
 
     async def test_descriptors_reach_an_executed_one_too(self, start: Start) -> None:
         reading, writing = os.pipe()
@@ -317,8 +315,7 @@ class TestCancellation:
         process = start(SLEEP)
         await asyncio.sleep(0)
         await process.stop()
-        template = await of(templates)
-        assert children(template._keeper.pid) == [template.pid]
+        await at_rest(await of(templates))
         assert process.log_tail == ()
 
     async def test_while_it_forks(self, start: Start, templates: Templates) -> None:
@@ -327,11 +324,12 @@ class TestCancellation:
         process = start(SLEEP)
         await eventually(lambda: is_asked(template))
         await process.stop()
-        os.kill(template.pid, signal.SIGCONT)
+        for pid in children(template._keeper.pid):
+            os.kill(pid, signal.SIGCONT)
         other = start("print('forked')")
         assert await other.exited == 0
         # Requests are served in order: the first one's fork asked for leave, and did not get it.
-        await eventually(lambda: children(template._keeper.pid) == [template.pid])
+        await at_rest(template)
         assert process.log_tail == ()
 
     async def test_a_wait_that_is_given_up(self, start: Start, client: Upstreams) -> None:
@@ -352,9 +350,26 @@ async def ready(templates: Templates) -> Template:
 
 
 async def freeze(template: Template) -> None:
-    """Stop it: it reads no request from now on."""
-    os.kill(template.pid, signal.SIGSTOP)
-    await eventually(lambda: (stat := read_stat(template.pid)) and stat.state == "T")
+    """Stop it and what it has at hand: no request is read from now on."""
+    await at_rest(template)
+    for pid in children(template._keeper.pid):
+        os.kill(pid, signal.SIGSTOP)
+        await eventually(partial(is_stopped, pid))
+
+
+def is_stopped(pid: int) -> bool:
+    stat = read_stat(pid)
+    return stat is not None and stat.state == "T"
+
+
+async def at_rest(template: Template) -> None:
+    """Return when there is nobody but the template and the one fork that it has at hand."""
+
+    def alone() -> bool:
+        adopted = children(template._keeper.pid)
+        return len(adopted) == 2 and template.pid in adopted and not children(template.pid)
+
+    await eventually(alone, 30)
 
 
 def is_asked(template: Template) -> bool:
@@ -402,7 +417,8 @@ class TestDeath:
         await freeze(template)
         process = start("print('up')")
         await eventually(lambda: is_asked(template))
-        os.kill(template.pid, signal.SIGKILL)
+        for pid in children(template._keeper.pid):
+            os.kill(pid, signal.SIGKILL)
         assert await process.exited == 0
         assert process.log_tail == ("executed", "up")
 

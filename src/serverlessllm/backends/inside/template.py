@@ -5,9 +5,10 @@
 - The **keeper** is what the agent started. It imports nothing and forks the template. It adopts
   each instance (`PR_SET_CHILD_SUBREAPER`), tells the agent how it ended, and dies with the agent.
 - The **template** calls the module's `preload()`, which imports and never computes: one thread, no
-  open file. Then it forks an instance for each request.
-- An **instance** is forked twice, so that it is the keeper's child: it outlives the template and
-  dies with the keeper. It asks the agent's leave before it runs the module's `main(argument)`.
+  open file. Then it keeps one fork at hand.
+- An **instance** is forked ahead, and twice, so that it is the keeper's child: it outlives the
+  template and dies with the keeper. It takes a request, asks the agent's leave, and runs the
+  module's `main(argument)`.
 
 The agent's side, and what goes over the sockets, is `serverlessllm.backends.template`.
 """
@@ -30,7 +31,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 REQUESTS_FD = "SLLM_TEMPLATE_REQUESTS_FD"
-"""Variable: the template's end of the socket that requests come by."""
+"""Variable: their end of the socket that requests come by."""
 ENDS_FD = "SLLM_TEMPLATE_ENDS_FD"
 """Variable: the keeper's end of the socket that it tells ends by."""
 MESSAGE_BYTES_MAX = 128 * 1024
@@ -44,12 +45,10 @@ _libc.prctl.argtypes = (ctypes.c_int, *4 * (ctypes.c_ulong,))
 
 
 class Order(NamedTuple):
-    """What an instance is to be. It begins as a copy of the template, with these open."""
+    """What an instance is to be."""
 
     leash: int
     """To the agent: our pid goes there, its leave comes from there; when it closes, we end."""
-    adopted: int
-    """Reads its end once the keeper is our parent."""
     output: int
     argument: str
     run_dir: str
@@ -76,11 +75,10 @@ def start(module: str) -> int:
         print(f"template: {module}: {problem}", file=sys.stderr)
         return 1
     requests.send(str(os.getpid()).encode())
-    order = serve(requests)
+    order = serve(requests, keeper)
     if order is None:
         return 0
-    requests.close()
-    become(order, keeper)
+    become(order)
     status: int | None = engine.main(order.argument)
     return status or 0
 
@@ -110,35 +108,56 @@ def keep(ends: socket.socket) -> None:
         os.waitpid(pid, 0)
 
 
-def serve(requests: socket.socket) -> Order | None:
-    """Fork an instance for each request. Returns in the instances, with their order; in the
-    template, with None, when nobody will ask any more."""
+def serve(requests: socket.socket, keeper: int) -> Order | None:
+    """Have an instance at hand, and another once that was taken: forking 300 MB takes 30 ms, which
+    no request waits for. Returns in the instances, with their order; in the template, with None,
+    when the one at hand has ended untaken: nobody will ask any more, or something is wrong."""
     while True:
-        message, passed, _, _ = socket.recv_fds(
-            requests, MESSAGE_BYTES_MAX, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
-        )
-        if not message:
-            return None
-        adopted, not_yet = os.pipe()
+        ours, theirs = socket.socketpair()
         between = _fork()
         if between == 0:
             if _fork() != 0:
                 os._exit(0)
-            os.close(not_yet)
-            return _order(message, passed, adopted)
-        if between is not None:
-            os.waitpid(between, 0)
-        for descriptor in (*passed, adopted, not_yet):
-            os.close(descriptor)
+            ours.close()
+            return _wait_for_order(requests, theirs, keeper)
+        theirs.close()
+        with ours:
+            if between is not None:
+                os.waitpid(between, 0)
+                with contextlib.suppress(OSError):
+                    ours.send(b"\n")
+            if not ours.recv(1):
+                return None
 
 
-def become(order: Order, keeper: int) -> None:
-    """Be as if we had been executed: an own session and group, clean of what the template was.
-    Ends the process when the agent does not want it any more."""
+def _wait_for_order(requests: socket.socket, template: socket.socket, keeper: int) -> Order:
+    """An instance at hand: ends when nobody will take it."""
     os.setsid()
-    os.read(order.adopted, 1)
-    os.close(order.adopted)
-    _die_with(keeper)
+    with requests, template:
+        template.recv(1)  # who forked us is dead, so the keeper is our parent
+        _die_with(keeper)
+        message, passed, _, _ = socket.recv_fds(
+            requests, MESSAGE_BYTES_MAX, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
+        )
+        if not message:
+            os._exit(0)
+        with contextlib.suppress(OSError):
+            template.send(b"\n")
+    asked = json.loads(message)
+    leash, output, *others = passed
+    numbers = dict(zip(asked["names"], map(str, others), strict=True))
+    return Order(
+        leash=leash,
+        output=output,
+        argument=asked["argument"],
+        run_dir=asked["run_dir"],
+        environment=asked["environment"] | numbers,
+    )
+
+
+def become(order: Order) -> None:
+    """Be as if we had been executed, clean of what the template was. Ends the process when the
+    agent does not want it any more."""
     with socket.socket(fileno=order.leash) as leash:
         try:
             leash.send(str(os.getpid()).encode())
@@ -195,22 +214,8 @@ def _is_open(descriptor: int) -> bool:
     return True
 
 
-def _order(message: bytes, passed: list[int], adopted: int) -> Order:
-    asked = json.loads(message)
-    leash, output, *others = passed
-    numbers = dict(zip(asked["names"], map(str, others), strict=True))
-    return Order(
-        leash=leash,
-        adopted=adopted,
-        output=output,
-        argument=asked["argument"],
-        run_dir=asked["run_dir"],
-        environment=asked["environment"] | numbers,
-    )
-
-
 def _fork() -> int | None:
-    """None when there is no memory or no number left: the leash's end tells the agent."""
+    """None when there is no memory or no number left."""
     try:
         return os.fork()
     except OSError as error:
