@@ -20,6 +20,7 @@ from serverlessllm.backends.base import Backend, Launch, LaunchPlan, Node, Offer
 from serverlessllm.backends.process import BackendProcess
 from serverlessllm.backends.procfs import session_members
 from serverlessllm.backends.settings import BackendSettings
+from serverlessllm.backends.templates import Templates
 from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.ids import InstanceId
@@ -108,8 +109,11 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def started(harness: BackendHarness, directory: Path) -> AsyncIterator[Running]:
-    """Start the harness's model in a fresh run directory; stop it at the end."""
+async def started(
+    harness: BackendHarness, directory: Path, templates: Templates | None = None
+) -> AsyncIterator[Running]:
+    """Start the harness's model in a fresh run directory, by `templates` if there are any; stop it
+    at the end."""
     run_dir = directory / "run"
     run_dir.mkdir(mode=0o700)
     clock, settings = SystemClock(), BackendSettings()
@@ -135,6 +139,7 @@ async def started(harness: BackendHarness, directory: Path) -> AsyncIterator[Run
         environ=os.environ,
         settings=settings,
         clock=clock,
+        templates=templates,
     )
     try:
         await process.wait_ready(client)
@@ -156,8 +161,15 @@ class BackendContract:
     """Subclass with a `harness` fixture."""
 
     @pytest.fixture
-    async def backend(self, harness: BackendHarness, tmp_path: Path) -> AsyncIterator[Running]:
-        async with started(harness, tmp_path) as running:
+    def templates(self) -> Templates | None:
+        """Ready ones, for a backend whose instances are to be forked."""
+        return None
+
+    @pytest.fixture
+    async def backend(
+        self, harness: BackendHarness, templates: Templates | None, tmp_path: Path
+    ) -> AsyncIterator[Running]:
+        async with started(harness, tmp_path, templates) as running:
             yield running
 
     def test_it_says_what_it_costs(self, harness: BackendHarness) -> None:
@@ -271,11 +283,11 @@ class BackendContract:
         assert stats.progress is None or stats.progress > 0
 
     async def test_starting_and_stopping_leaks_nothing(
-        self, harness: BackendHarness, tmp_path: Path
+        self, harness: BackendHarness, templates: Templates | None, tmp_path: Path
     ) -> None:
         descriptors = _descriptors()
         for _ in range(3):
-            async with started(harness, tmp_path) as running:
+            async with started(harness, tmp_path, templates) as running:
                 pid = running.process.pid
                 status, _ = await running.ask("/v1/chat/completions", _chat())
                 assert status == 200
