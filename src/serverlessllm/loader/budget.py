@@ -182,6 +182,8 @@ def _bequeath(fd: int, path: Path, heir: Path) -> None:
     still. A write lease is given only when no other open file, nor a mapping, exists of it; nobody
     opens it any more once its name is gone.
     """
+    if os.fstat(fd).st_nlink > 1:
+        return  # it has another name
     path.rename(heir)
     try:
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # not SIGIO, which would end us

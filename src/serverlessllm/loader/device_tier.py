@@ -114,12 +114,15 @@ class DeviceTier:
         budget = self._settings.device_budget_bytes
         for device, total in totals.items():
             self._budgets[device] = int(total * _BUDGET_SHARE) if budget is None else budget
-        self._speeds.device_bytes_s = await self._copies.run(
-            measure_device, self._accelerator, self._ring
-        )
+        with contextlib.suppress(OutOfSpace):  # somebody else's work may fill it for now
+            self._speeds.device_bytes_s = await self._copies.run(
+                measure_device, self._accelerator, self._ring
+            )
 
     async def close(self) -> None:
-        """Cancel what loads, free everything. Whoever uses weights must have ended."""
+        """Cancel what loads, free everything. Whoever uses weights must have ended. Idempotent."""
+        if self._closed:
+            return
         self._closed = True
         while running := [flight.task for flight in self._flights.values()]:
             for task in running:

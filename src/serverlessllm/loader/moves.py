@@ -7,6 +7,7 @@ file that has no name to be found by yet: it is never served.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,8 +94,10 @@ class Moves:
         await self._mend(chunk, nvme, parts)
 
     async def dram_to_device(self, chunk: ChunkRange, dram: DramFile, device: Sink) -> None:
-        """Unchecked: what lies in DRAM was checked when it came, as for engines that map it."""
-        await self._threads.run(pour, dram, device, chunk, Unchecked(), self._staging)
+        """Unchecked: what lies in DRAM was checked when it came, as for engines that map it.
+        Raises OSError: the file there is not whole any more."""
+        if not await self._threads.run(pour, dram, device, chunk, Unchecked(), self._staging):
+            raise OSError(errno.EIO, "a file in DRAM was cut")
 
     async def _folder_to(self, chunk: ChunkRange, sink: Sink, target: CacheLevel) -> bool:
         """Read a store that is a folder of this machine as the disk it is, past the store's

@@ -7,11 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serverlessllm.checkpoint.index import Chunk, Index, SideFile
+from serverlessllm.checkpoint.index import Chunk, Index, SideFile, Tensor
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import OutOfSpace
 from serverlessllm.core.ids import CheckpointId
-from serverlessllm.loader.plan import Entry, TierState, chunk_ranges, evictions, plan
+from serverlessllm.loader.plan import (
+    Entry,
+    TierState,
+    chunk_ranges,
+    evictions,
+    plan,
+    spread,
+)
 
 DEVICE, DRAM, NVME, STORE = CacheLevel
 CHUNK_BYTES = 4096
@@ -147,3 +154,55 @@ def test_a_refusal_says_what_would_help(tier: TierState, needed: int, says: str)
     with pytest.raises(OutOfSpace) as refusal:
         evictions(tier, needed)
     assert says in refusal.value.message
+
+
+def model_of(sizes: list[int]) -> Index:
+    """A layer for each size, in 64ths of a KiB: a whole number of alignments."""
+    tensors, at = [], 0
+    for number, size in enumerate(sizes):
+        tensors.append(
+            Tensor(
+                name=f"model.layers.{number}.weight",
+                dtype="U8",
+                shape=(size * 64,),
+                offset=at,
+                size_bytes=size * 64,
+            )
+        )
+        at += size * 64
+    return msgspec.structs.replace(index_of(at), tensors=tuple(tensors))
+
+
+LAYERS = st.lists(st.integers(1, 20), min_size=1, max_size=12)
+ROOMS = st.dictionaries(st.integers(0, 3), st.integers(0, 6000), max_size=4)
+
+
+@given(LAYERS, ROOMS)
+def test_weights_spread_over_devices(sizes: list[int], room: dict[int, int]) -> None:
+    index = model_of(sizes)
+    if sum(room.values()) < index.size_bytes:
+        with pytest.raises(OutOfSpace, match="device_budget_bytes"):
+            spread(index, room)
+        return
+    try:
+        spans = spread(index, room)
+    except OutOfSpace:  # layers are as long as they are
+        return
+    borders = {tensor.offset for tensor in index.tensors} | {index.size_bytes}
+    at = 0
+    for span in spans:
+        assert span.offset == at
+        assert 0 < span.size_bytes <= room[span.device]
+        assert span.end in borders  # no layer is torn
+        at = span.end
+    assert at == index.size_bytes
+    assert len({span.device for span in spans}) == len(spans)
+    if max(room.values()) >= index.size_bytes:
+        assert len(spans) == 1
+
+
+def test_a_gguf_is_never_divided() -> None:
+    index = msgspec.structs.replace(model_of([10, 10]), kind="gguf")
+    with pytest.raises(OutOfSpace):
+        spread(index, {0: 640, 1: 640})
+    assert spread(msgspec.structs.replace(index, kind="tensors"), {0: 640, 1: 640})[1].device == 1

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import mmap
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import OutOfSpace
 from serverlessllm.core.ids import CheckpointId
 from serverlessllm.loader.budget import evict, reserve
+from serverlessllm.loader.locks import is_being_written
 from serverlessllm.loader.residency import TierDirectory
 
 A, B, C = (CheckpointId(letter * 64) for letter in "abc")
@@ -123,3 +129,98 @@ def test_descriptors_do_not_leak(tier: TierDirectory) -> None:
             reserve(tier, B, 200_000, 100_000)
     evict(tier, A)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.fixture
+def dram(tmp_path: Path) -> TierDirectory:
+    directory = TierDirectory(CacheLevel.DRAM, tmp_path / "dram")
+    directory.prepare()
+    return directory
+
+
+@pytest.mark.parametrize("size", [3_000, 50_000, 60_000])
+def test_what_is_evicted_from_dram_lives_on_as_its_successor(
+    dram: TierDirectory, size: int
+) -> None:
+    fill(dram, A, 50_000)
+    inode = dram.bin_path(A).stat().st_ino
+    partial = reserve(dram, B, size, max(size, 50_000))
+    assert partial is not None
+    assert os.fstat(partial.fd).st_ino == inode
+    assert partial_mode(dram, B) == 0o600
+    (file,) = dram.scan()
+    assert (file.checkpoint, file.whole, file.size_bytes) == (B, False, -(-size // 4096) * 4096)
+    assert not dram.index_path(A).exists()
+    assert is_being_written(dram.partial_path(B))
+    os.pwrite(partial.fd, b"b" * size, 0)
+    partial.commit(b"index").release()
+    assert dram.bin_path(B).read_bytes() == b"b" * size
+    assert stat.S_IMODE(dram.bin_path(B).stat().st_mode) == 0o400
+    partial = reserve(dram, C, 60_000, 60_000)
+    assert partial is not None
+    partial.abandon()
+    assert list(dram.path.iterdir()) == []
+
+
+def partial_mode(tier: TierDirectory, checkpoint: CheckpointId) -> int:
+    return stat.S_IMODE(tier.partial_path(checkpoint).stat().st_mode)
+
+
+@pytest.mark.parametrize("how", ["mapped", "open", "linked"])
+def test_memory_that_somebody_may_still_read_is_not_overwritten(
+    dram: TierDirectory, how: str
+) -> None:
+    """As of an engine whose agent was killed: it has no lock, but computes with the weights."""
+    partial = reserve(dram, A, 50_000, 60_000)
+    assert partial is not None
+    os.pwrite(partial.fd, b"a" * 50_000, 0)
+    partial.commit(b"index").release()
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(dram.bin_path(A).open("rb"))
+        if how == "mapped":
+            memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            stack.callback(memory.close)
+            file.close()
+        elif how == "linked":
+            (dram.path / "another name").hardlink_to(dram.bin_path(A))
+            file.close()
+        partial = reserve(dram, B, 50_000, 60_000)
+        assert partial is not None
+        os.pwrite(partial.fd, b"b" * 50_000, 0)
+        partial.commit(b"index").release()
+        if how == "mapped":
+            assert memory[:] == b"a" * 50_000
+        elif how == "open":
+            assert file.read() == b"a" * 50_000
+        else:
+            assert (dram.path / "another name").read_bytes() == b"a" * 50_000
+    assert dram.bin_path(B).read_bytes() == b"b" * 50_000
+
+
+def test_without_leases_memory_is_given_back_and_taken_anew(
+    dram: TierDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, command: int, argument: int) -> int:
+        raise OSError(errno.EINVAL, "no leases here")
+
+    fill(dram, A, 50_000)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    partial = reserve(dram, B, 50_000, 60_000)
+    assert partial is not None
+    assert os.pread(partial.fd, 50_000, 0) == bytes(50_000)
+    partial.abandon()
+    assert list(dram.path.iterdir()) == []
+
+
+def test_who_looks_for_it_meanwhile_does_not_find_it(dram: TierDirectory) -> None:
+    """An open file from before keeps the memory from being overwritten: `hold` may be there."""
+    fill(dram, A, 50_000)
+    held = dram.hold(A)
+    assert held is not None
+    with pytest.raises(OutOfSpace):
+        reserve(dram, B, 50_000, 60_000)
+    held.release()
+    partial = reserve(dram, B, 50_000, 60_000)
+    assert partial is not None
+    assert dram.hold(A) is None
+    partial.abandon()

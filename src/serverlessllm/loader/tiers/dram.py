@@ -19,8 +19,12 @@ class DramFile:
     __slots__ = ("_fd", "_map")
 
     def __init__(self, fd: int, size_bytes: int) -> None:
+        """Raises OSError: EIO, the file is shorter than that."""
         self._fd = fd
-        self._map = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        try:
+            self._map = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        except ValueError as error:
+            raise OSError(errno.EIO, "the file is shorter than it should be") from error
 
     @contextlib.contextmanager
     def view(self, chunk: ChunkRange) -> Iterator[memoryview]:
