@@ -54,6 +54,8 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     layered: bool = False
     """Start while the checkpoint still moves. Each chunk of it stands for a layer: the token of a
     number is read from the chunk of that number (its CRC32C), once that is there."""
+    template: bool = False
+    """Fork it from a template process."""
 
 
 class Fake:
@@ -75,7 +77,10 @@ class Fake:
         if options.layered and index is None:
             return Refusal(reason="layered: true needs a checkpoint, whose chunks are its layers")
         return Offer(
-            memory_bytes=options.memory_bytes, slots=options.slots, layered=options.layered
+            memory_bytes=options.memory_bytes,
+            slots=options.slots,
+            layered=options.layered,
+            template=self.name if options.template else None,
         )
 
     def launch(self, launch: Launch) -> LaunchPlan:
@@ -91,6 +96,7 @@ class Fake:
                 launch.index_path if options.layered else None,
             ),
             address=address,
+            template=self.name if options.template else None,
             tells_ready=True,
         )
 
@@ -105,5 +111,7 @@ def fake_command(
     only with `layered`."""
     asked = msgspec.json.encode(options).decode()
     module = "serverlessllm.backends.inside.fake"
-    layers = () if index_path is None else (str(index_path),)
-    return (sys.executable, "-m", module, address, model, asked, *layers)
+    words = (address, model, asked, *(() if index_path is None else (str(index_path),)))
+    if options.template:  # a fork is given one word
+        words = (msgspec.json.encode(words).decode(),)
+    return (sys.executable, "-m", module, *words)

@@ -357,13 +357,30 @@ async def serve(
     await server.close()
 
 
-if __name__ == "__main__":
-    _address, _model, _options, *_index = sys.argv[1:]
+def preload() -> None:
+    """In a template: this module's own imports are all there is."""
+
+
+def main(argument: str) -> None:
+    """In a fork: be the server that a JSON list of the command's words describes."""
+    run(msgspec.json.decode(argument, type=list[str]))
+
+
+def run(words: list[str]) -> None:
+    """Be the server that the command's words describe."""
+    address, model, options, *index = words
     asyncio.run(
         serve(
-            Address(_address),
-            _model,
-            msgspec.json.decode(_options, type=FakeOptions),
-            Path(_index[0]) if _index else None,
+            Address(address),
+            model,
+            msgspec.json.decode(options, type=FakeOptions),
+            Path(index[0]) if index else None,
         )
     )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        main(sys.argv[1])
+    else:
+        run(sys.argv[1:])
