@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import uvloop
 
 from serverlessllm.backends.base import READY_FD, WEIGHTS_FD, LaunchPlan
 from serverlessllm.backends.orphans import kill_orphans
@@ -306,6 +307,54 @@ class TestContract:
         assert os.read(reading, 9) == b"hello"
         assert os.read(reading, 9) == b""  # nobody has kept it
         os.close(reading)
+
+    async def test_nothing_is_left_open(
+        self, start: Start, templates: Templates, client: Upstreams
+    ) -> None:
+        open_before = len(list(Path("/proc/self/fd").iterdir()))
+        for script in (READY, "raise SystemExit(7)"):
+            process = start(script, tells_ready=True)
+            if script == READY:
+                await process.wait_ready(client)
+                await client.close()
+            else:
+                await process.exited
+            await process.stop()
+        await templates.close()
+        assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+
+    def test_it_works_on_uvloop_too(self, tmp_path: Path) -> None:
+        async def main() -> int:
+            templates = Templates(
+                SETTINGS,
+                clock=SystemClock(),
+                environ=ENVIRON,
+                run_dir=tmp_path,
+                log_dir=tmp_path,
+                package=ENGINES,
+            )
+            (tmp_path / "run").mkdir()
+            process = BackendProcess(
+                LaunchPlan(
+                    command=("false", "print('out'); raise SystemExit(3)"),
+                    address=Address("unix:/none"),
+                    template="script",
+                ),
+                run_dir=tmp_path / "run",
+                log_path=tmp_path / "backend.log",
+                environ=ENVIRON,
+                settings=SETTINGS,
+                clock=SystemClock(),
+                templates=templates,
+            )
+            status = await process.exited
+            await process.stop()
+            await templates.close()
+            return status
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            assert runner.run(main()) == 3
+        assert (tmp_path / "backend.log").read_text() == "out\n"
 
 
 class TestCancellation:
