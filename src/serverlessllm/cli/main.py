@@ -10,6 +10,7 @@ import typer
 from serverlessllm import __version__
 from serverlessllm.cli import (
     agent,
+    bench,
     config_check,
     convert,
     demo,
@@ -80,6 +81,7 @@ app.command("verify")(verify.verify)
 
 app.command("explain")(explain.explain)
 app.command("doctor")(doctor.doctor)
+app.add_typer(bench.app, name="bench")
 app.add_typer(config_check.app, name="config")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ class Stand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def measure(
-    folder: Path,
+    index_path: Path,
     source: CacheLevel,
     *,
     disk: Path,
@@ -50,7 +51,7 @@ async def measure(
     tell: Tell,
     open_accelerator: Callable[[], Accelerator | None] = lambda: None,
 ) -> Report:
-    """Loads of the checkpoint in `folder` from a tier on: medians of `rounds`.
+    """Loads of the checkpoint whose `.idx` is at `index_path` from a tier on: medians of `rounds`.
 
     `source` STORE or NVME: to DRAM. DRAM: to another process. DEVICE: from DRAM to what
     `open_accelerator` opens. Takes room for a copy in /dev/shm, and for one in `disk`, a
@@ -63,7 +64,9 @@ async def measure(
         OSError: a file of the checkpoint cannot be read, `disk` not written.
     """
     accelerator = open_accelerator() if source is CacheLevel.DEVICE else None
-    async with stand(folder, source, disk=disk, settings=settings, accelerator=accelerator) as at:
+    async with stand(
+        index_path, source, disk=disk, settings=settings, accelerator=accelerator
+    ) as at:
         if source is CacheLevel.DEVICE:
             beside = open_accelerator()
             assert beside is not None
@@ -81,15 +84,15 @@ async def measure(
 
 @contextlib.asynccontextmanager
 async def stand(
-    folder: Path,
+    index_path: Path,
     source: CacheLevel,
     *,
     disk: Path,
     settings: LoaderSettings,
     accelerator: Accelerator | None = None,
 ) -> AsyncIterator[Stand]:
-    """A loader of its own for the checkpoint in `folder`; raises as `measure`."""
-    data = (folder / IDX_NAME).read_bytes()
+    """A loader with tiers of its own for one checkpoint; raises as `measure`."""
+    data = await asyncio.to_thread(index_path.read_bytes)
     index = decode_index(data)
     size = index.size_bytes
     nvme_bytes = whole_pages(size) if source is CacheLevel.NVME else 0
@@ -105,7 +108,7 @@ async def stand(
             nvme_budget_bytes=nvme_bytes,
         )
         clock = SystemClock()
-        store = open_store(_linked(folder, work).as_uri(), StoreSettings(), clock)
+        store = open_store(_linked(index_path, work).as_uri(), StoreSettings(), clock)
         loader = Loader(own, store=store, clock=clock, data_dir=work, accelerator=accelerator)
         try:
             await loader.start()
@@ -113,7 +116,7 @@ async def stand(
             yield Stand(
                 ref=CheckpointRef(id=checkpoint_id(data), prefix=_PREFIX, size_bytes=size),
                 index=index,
-                bin_path=(folder / BIN_NAME).resolve(),
+                bin_path=index_path.with_suffix(".bin").resolve(),
                 loader=loader,
                 settings=own,
             )
@@ -121,11 +124,11 @@ async def stand(
             await loader.close()
 
 
-def _linked(folder: Path, work: Path) -> Path:
-    """A store in which the checkpoint is: links to the files where they lie."""
+def _linked(index_path: Path, work: Path) -> Path:
+    """A store in which the checkpoint is: links to its two files where they lie."""
     root = work / "store"
     inside = root / _PREFIX
     inside.mkdir(parents=True)
-    for name in (BIN_NAME, IDX_NAME):
-        (inside / name).symlink_to((folder / name).resolve())
+    (inside / IDX_NAME).symlink_to(index_path.resolve())
+    (inside / BIN_NAME).symlink_to(index_path.with_suffix(".bin").resolve())
     return root
