@@ -39,7 +39,7 @@ class BackendSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a launch waits for a template that is starting; then it does without."""
     template_fork_timeout_s: float = 5.0
     """How long a template may take to fork; then the launch does without."""
-    template_ready_timeout_s: float = 30.0
+    template_ready_timeout_s: float = 60.0
     """How long a fork may take to be ready; then it is killed and the launch does without."""
     template_restart_s_min: float = 0.5
     """First pause before a template that failed is started again; it doubles."""

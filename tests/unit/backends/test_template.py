@@ -76,8 +76,11 @@ async def main():
         clock=clock, templates=templates)
     while process.log_tail != ("up",):
         await asyncio.sleep(0.01)
-    (template,) = templates._alive
-    print(process.pid, template.pid, template._keeper.pid, flush=True)
+    keeper = next(iter(templates._alive))._keeper.pid
+    children = pathlib.Path(f"/proc/{keeper}/task/{keeper}/children")
+    while len(pids := children.read_text().split()) < 3:
+        await asyncio.sleep(0.01)
+    print(keeper, *pids, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(main())
 """
@@ -499,7 +502,7 @@ class TestDeath:
             [sys.executable, "-c", AGENT, str(run_dir)], capture_output=True, text=True, timeout=60
         )
         pids = [int(pid) for pid in agent.stdout.split()]
-        assert len(pids) == 3, agent.stderr
+        assert len(pids) == 4, agent.stderr  # keeper, template, instance, the fork at hand
         for pid in pids:
             eventually_blocking(partial(is_gone, pid), 30)
         assert len(list(run_dir.glob("*/process.json"))) == 2
