@@ -247,7 +247,7 @@ def test_a_source_that_is_not_there(
 async def test_a_repository_of_pickles_is_refused_with_the_way_out(
     cluster: Cluster, hub: HubServer
 ) -> None:
-    hub.add("org/name", {"config.json": b"{}", "pytorch_model.bin": os.urandom(1000)})
+    hub.add("org/name", {"config.json": b"{}", "model.pkl": os.urandom(1000)})
     ingestion = await cluster.join()
     with pytest.raises(UnsupportedCheckpoint, match="safetensors"):
         await ingestion.ensure(MODEL, spec_of("hf://org/name"))

@@ -36,7 +36,7 @@ _PLAIN = frozenset(
 )
 _STORAGE = re.compile(r"data/(0|[1-9][0-9]{0,8})")
 _ROOT = re.compile(r"[^/\\\0]{1,200}")
-_SCRIPT = re.compile(r"constants\.pkl|code/.*|constants/.*|extra/.*|bytecode\.pkl")
+_SCRIPT = re.compile(rb"constants\.pkl|code/.*|constants/.*|extra/.*|bytecode\.pkl", re.DOTALL)
 
 _END, _END64, _LOCATOR64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), "<4sLQL"
 _CENTRAL, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
@@ -199,6 +199,10 @@ def _records(file: RawFile, count: int, start: int, size: int) -> Iterator[_Reco
 
 
 def _check_plain(name: bytes, flags: int, method: int, attributes: int) -> None:
+    if _SCRIPT.fullmatch(name.partition(b"/")[2]):
+        raise UnsupportedCheckpoint(
+            f"a TorchScript archive, which is a program with weights: {WAY_OUT}"
+        )
     if flags & ~(_DESCRIBED | _UTF8):
         raise CheckpointError(f"entry {_shown(name)}: encrypted, or with flags {flags:#x}")
     if method:
@@ -282,10 +286,6 @@ def _root(records: list[_Record]) -> bytes:
         if not valid or not root.decode().isprintable():
             raise CheckpointError(
                 f"entry {_shown(record.name)}: not a name that `torch.save` gives"
-            )
-        if _SCRIPT.fullmatch(name):
-            raise UnsupportedCheckpoint(
-                f"a TorchScript archive, which is a program with weights: {WAY_OUT}"
             )
         if name not in _PLAIN and not _STORAGE.fullmatch(name):
             raise CheckpointError(

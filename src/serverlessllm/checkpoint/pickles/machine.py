@@ -16,6 +16,8 @@ NAME_BYTES_MAX: Final = 256
 ITEM_BYTES, NUMBER_BYTES, TEXT_BYTES = 10, 40, 64
 TUPLE_BYTES, LIST_BYTES, DICT_BYTES, OBJECT_BYTES = 64, 96, 96, 128
 DICT_ITEM_BYTES = 100
+NAME_BYTES = 512
+"""More than it takes: a pickler memoizes a name, and a look at one is slow."""
 
 Container = TypeVar("Container", list[Value], dict[Value, Value])
 

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 import serverlessllm
-from serverlessllm.checkpoint.bounds import check_count, check_text
+from serverlessllm.checkpoint.bounds import check_count
 from serverlessllm.checkpoint.pickles.child import MESSAGE_CHARS_MAX
 from serverlessllm.checkpoint.pickles.interpreter import PICKLE_BYTES_MAX
 from serverlessllm.checkpoint.pickles.values import NUMBER_MAX, StateDict, TensorView
@@ -47,7 +47,8 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def read_state_dict_apart(data: bytes) -> StateDict:
     """As `interpreter.read_state_dict`, in a confined child process.
 
-    The answer's form, names and numbers are checked; the caller checks them against the archive.
+    The answer's form and numbers are checked; the caller checks its names, and all against the
+    archive.
 
     Raises:
         CheckpointError: the pickle is refused, or the child did not answer within its limits.
@@ -64,7 +65,6 @@ def read_state_dict_apart(data: bytes) -> StateDict:
         raise (UnsupportedCheckpoint if answer.unsupported else CheckpointError)(message)
     check_count(len(answer.tensors), "tensors")
     for view in answer.tensors:
-        check_text(view.name, "tensor name")
         numbers = (view.storage_bytes, view.offset, *view.shape, *view.strides)
         if any(not 0 <= number <= NUMBER_MAX for number in numbers):
             raise CheckpointError(f"tensor {view.name!r}: a number that is out of range")

@@ -197,7 +197,10 @@ def open_folder(
 
 
 def _inside(root: Path, entry: Path) -> Path:
-    real = entry.resolve()
+    try:
+        real = entry.resolve()
+    except RuntimeError:
+        raise CheckpointError(f"{entry.name}: a link that leads to itself") from None
     if real.is_relative_to(root):
         return real
     if root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs"):

@@ -182,8 +182,10 @@ def merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[Axis]:
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the elements of a view lie in row-major order, without gaps."""
+    if 0 in shape:
+        return True
     axes = merged(shape, strides)
-    return not axes or 0 in shape or (len(axes) == 1 and axes[0].source == 1)
+    return not axes or (len(axes) == 1 and axes[0].source == 1)
 
 
 def boxes(axes: list[Axis], first: int, count: int) -> Iterator[tuple[int, int, list[Axis]]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from threading import Lock
 from typing import Final
 
+from serverlessllm.checkpoint.bounds import check_text
 from serverlessllm.checkpoint.dtypes import SAFETENSORS_BITS, tensor_size_bytes
 from serverlessllm.checkpoint.index import KIND_TENSORS
 from serverlessllm.checkpoint.layout import Layout, RawTensor
@@ -143,6 +144,7 @@ class _Placing:
         placed = []
         names: set[str] = set()
         for view in views:
+            check_text(view.name, f"{self._file.name}: tensor name")
             if view.name in names:
                 raise CheckpointError(f"{self._file.name}: tensor {view.name!r} occurs twice")
             names.add(view.name)
