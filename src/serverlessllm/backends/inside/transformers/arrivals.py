@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -31,10 +32,12 @@ class Wait(msgspec.Struct, frozen=True, kw_only=True):
 class Arrivals:
     """What has come. One thread reads the pipe, any may wait."""
 
-    def __init__(self, index: Index, pipe: int) -> None:
-        """Owns `pipe`, the read end."""
+    def __init__(self, index: Index, pipe: int, on_failure: Callable[[], None]) -> None:
+        """Owns `pipe`, the read end. `on_failure` is called, by the thread, when the rest will
+        never come."""
         self._index = index
         self._pipe = pipe
+        self._on_failure = on_failure
         self._arrived = threading.Condition()
         self._at_s: dict[int, float] = {}
         self._complete = False
@@ -44,7 +47,7 @@ class Arrivals:
     def of_environment(index: Index) -> Arrivals | None:
         """None: everything is here."""
         pipe = os.environ.pop(ARRIVALS_FD, None)
-        return None if pipe is None else Arrivals(index, int(pipe))
+        return None if pipe is None else Arrivals(index, int(pipe), _end_process)
 
     @property
     def complete(self) -> bool:
@@ -77,19 +80,14 @@ class Arrivals:
 
     def _read(self) -> None:
         rest = b""
-        while data := os.read(self._pipe, _READ_BYTES):
+        while not self._complete and (data := os.read(self._pipe, _READ_BYTES)):
             rest += data
             whole = len(rest) // _NUMBER_BYTES * _NUMBER_BYTES
-            numbers = memoryview(rest)[:whole].cast("I")  # little-endian, as every machine it runs
-            self._take(numbers.tolist())
+            self._take([number for (number,) in struct.iter_unpack("<I", rest[:whole])])
             rest = rest[whole:]
-            if self._complete:
-                os.close(self._pipe)
-                return
-        # Nobody will ever bring the rest: a request that waits for it must not wait for ever.
-        sys.stderr.write("the checkpoint's load failed: not all of it arrived\n")
-        sys.stderr.flush()
-        os._exit(LOAD_FAILED_STATUS)
+        os.close(self._pipe)
+        if not self._complete:
+            self._on_failure()
 
     def _take(self, numbers: list[int]) -> None:
         now_s = time.monotonic()
@@ -100,3 +98,10 @@ class Arrivals:
                 else:
                     self._at_s.setdefault(number, now_s)
             self._arrived.notify_all()
+
+
+def _end_process() -> None:
+    """A request that waits for what never comes must not wait for ever."""
+    sys.stderr.write("the checkpoint's load failed: not all of it arrived\n")
+    sys.stderr.flush()
+    os._exit(LOAD_FAILED_STATUS)
