@@ -13,6 +13,7 @@ import safetensors
 
 from serverlessllm.checkpoint.convert import ChunkDone, Converted, convert
 from serverlessllm.checkpoint.index import checkpoint_id, decode_index
+from serverlessllm.checkpoint.journal import finished_id
 from serverlessllm.checkpoint.reader import verify
 from serverlessllm.checkpoint.sources.base import (
     LocalFile,
@@ -31,7 +32,9 @@ from serverlessllm.core.errors import (
     UnsupportedCheckpoint,
 )
 from serverlessllm.testing.checkpoints import (
+    RawTensorData,
     raw_checkpoint,
+    safetensors_bytes,
     write_random_gguf,
     write_random_safetensors,
 )
@@ -342,3 +345,124 @@ def test_a_disk_that_keeps_other_bytes_is_found_out(
     with pytest.raises(CorruptChunk, match=r"chunk 2 .* came back from the disk other"):
         convert(open_folder(folder, model="m"), tmp_path / "out", chunk_bytes=CHUNK_BYTES)
     assert names(tmp_path / "out") == []
+
+
+def test_what_is_finished_is_verified_and_not_written_again(tmp_path: Path, folder: Path) -> None:
+    out = tmp_path / "out"
+    first = convert(counted(folder), out, chunk_bytes=CHUNK_BYTES)
+    before = first.bin_path.stat()
+    counts.clear()
+    seen: list[ChunkDone] = []
+    again = convert(counted(folder), out, on_chunk=seen.append, chunk_bytes=CHUNK_BYTES)
+    assert again == first
+    assert [chunk.number for chunk in seen] == list(range(len(first.index.chunks)))
+    assert {chunk.path for chunk in seen} == {first.bin_path}
+    assert sum(counts) < 3 * 16 * 1024  # the headers
+    after = first.bin_path.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("damage", ["bin", "bin cut", "bin gone", "idx", "idx gone", "journal"])
+def test_what_is_finished_and_damaged_is_made_whole(
+    tmp_path: Path, folder: Path, damage: str
+) -> None:
+    out = tmp_path / "out"
+    expected = contents(done := convert(open_folder(folder, model="m"), out))
+    match damage:
+        case "bin":
+            with done.bin_path.open("r+b") as file:
+                file.seek(CHUNK_BYTES + 5)
+                file.write(b"\xff\x00\xff")
+        case "bin cut":
+            os.truncate(done.bin_path, CHUNK_BYTES + 1)
+        case "bin gone":
+            done.bin_path.unlink()
+        case "idx":
+            done.idx_path.write_bytes(expected[0].replace(b"Llama", b"Lhama"))
+        case "idx gone":
+            done.idx_path.unlink()
+        case "journal":
+            (out / "model.journal").unlink()
+    assert contents(convert(open_folder(folder, model="m"), out)) == expected
+    assert names(out) == FINISHED
+
+
+def test_another_name_is_another_checkpoint_of_the_same_bytes(tmp_path: Path, folder: Path) -> None:
+    one = convert(open_folder(folder, model="one"), tmp_path / "out")
+    two = convert(open_folder(folder, model="two"), tmp_path / "out")
+    assert one.id != two.id
+    assert decode_index(two.idx_path.read_bytes()).model == "two"
+    assert two.index.chunks == one.index.chunks
+    assert finished_id(tmp_path / "out" / "model.journal") == two.id
+
+
+def test_a_file_system_without_direct_io_is_written_through(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = contents(convert(open_folder(folder, model="m"), tmp_path / "direct"))
+    open_, fdatasync = os.open, os.fdatasync
+    syncs: list[int] = []
+
+    def refuse_direct(path: str, flags: int, *more: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return open_(path, flags, *more)
+
+    def count_syncs(fd: int) -> None:
+        syncs.append(fd)
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "open", refuse_direct)
+    monkeypatch.setattr(os, "fdatasync", count_syncs)
+    assert contents(convert(open_folder(folder, model="m"), tmp_path / "cached")) == expected
+    assert syncs
+
+
+def test_a_file_system_that_wants_more_than_pages_is_written_through(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = contents(convert(open_folder(folder, model="m"), tmp_path / "direct"))
+    write = os.pwrite
+
+    def refuse_direct(fd: int, data: memoryview, offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return write(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse_direct)
+    done = convert(open_folder(folder, model="m"), tmp_path / "cached", chunk_bytes=CHUNK_BYTES)
+    assert done.bin_path.read_bytes() == expected[1]
+
+
+def model_of_old() -> dict[str, bytes]:
+    """Two shards without a map, a tied pair, every alignment, side files, a code reference."""
+    sizes = {"lm_head.weight": 640, "model.embed_tokens.weight": 640, "model.norm.weight": 6}
+    sizes |= {f"model.layers.{n}.mlp.up_proj.weight": 2 * n + 98 for n in (10, 9, 0)}
+    tensors = {
+        name: RawTensorData("BF16", (size // 2,), bytes(range(256)) * 2 + bytes(size - 512))
+        if size > 512
+        else RawTensorData("BF16", (size // 2,), bytes(range(size)))
+        for name, size in sizes.items()
+    }
+    halves = (dict(list(tensors.items())[start::2]) for start in (0, 1))
+    return {
+        **{
+            f"model-0000{number}-of-00002.safetensors": safetensors_bytes(half)
+            for number, half in enumerate(halves, 1)
+        },
+        "config.json": b'{"architectures": ["Llama"], "auto_map": {"AutoModel": "m.M"}}',
+        "tokenizer.json": b"{}",
+        "README.md": b"not a side file",
+    }
+
+
+@pytest.mark.parametrize(
+    ("chunk_bytes", "id_"),
+    [
+        (4096, "8a6ad767a470d231b34488f1692f4dd601f52436cc43cf36ed5de0074caed9f5"),
+        (16 << 20, "4425a87bbbb0ec3b726caf7023784fe752c39f6cffafeacada29ee46097af66d"),
+    ],
+)
+def test_ids_stay_what_they_were(tmp_path: Path, chunk_bytes: int, id_: str) -> None:
+    """A checkpoint that was published is found by its id: a new version must not give another."""
+    assert convert(raw_checkpoint(model_of_old()), tmp_path, chunk_bytes=chunk_bytes).id == id_
