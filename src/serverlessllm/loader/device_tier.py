@@ -161,6 +161,12 @@ class DeviceTier:
                 return await flight.join(OnDevice.share, report, None)
             await outlast(flight.task)
 
+    def weights_of(self, checkpoint: CheckpointId) -> Weights | None:
+        """Its weights, also while they are still coming; see `Weights.follow`. Who uses them
+        holds a reference, or waits for the load that brings them."""
+        entry = self._entries.get(checkpoint)
+        return None if entry is None else entry.weights
+
     async def evict(self, checkpoint: CheckpointId) -> int:
         """Drop weights that nobody uses; bytes freed."""
         entry = self._entries.get(checkpoint)

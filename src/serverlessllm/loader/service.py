@@ -33,6 +33,7 @@ from serverlessllm.loader.settings import (
     default_nvme_budget_bytes,
 )
 from serverlessllm.loader.speeds import Speeds
+from serverlessllm.loader.weights import Weights
 from serverlessllm.loader.workers import Threads, outlast
 from serverlessllm.store.checkpoints import CheckpointStore
 from serverlessllm.telemetry import log, span
@@ -169,6 +170,11 @@ class Loader:
                 raise
         LOADS.inc("ok")
         return resident
+
+    def on_device(self, checkpoint: CheckpointId) -> Weights | None:
+        """Its weights on devices, also while they are still coming: an engine of this process may
+        begin on its first layers. Who uses them holds a `Resident`, or waits in `load`."""
+        return None if self._device is None else self._device.weights_of(checkpoint)
 
     def residency(self) -> Mapping[CheckpointId, CacheLevel]:
         """The nearest verified tier (DRAM or NVME) of each checkpoint on this node."""

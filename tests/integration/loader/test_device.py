@@ -14,7 +14,7 @@ from serverlessllm.checkpoint.index import Tensor, checkpoint_id, decode_index, 
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import CorruptChunk, Draining, LoadFailed, OutOfSpace
 from serverlessllm.loader.service import Loader
-from serverlessllm.testing.accelerator import LateAccelerator
+from serverlessllm.testing.accelerator import LateAccelerator, LateEvent
 from serverlessllm.testing.waiting import eventually
 
 DEVICE, DRAM, NVME, STORE = CacheLevel.DEVICE, CacheLevel.DRAM, CacheLevel.NVME, CacheLevel.STORE
@@ -107,6 +107,29 @@ async def test_blocks_are_not_used_again_before_they_are_copied(bench, make_samp
         accelerator.gate.set()
         async with await load:
             assert on_devices(accelerator) == sample.data
+
+
+async def test_an_engine_begins_on_its_first_layer_while_others_come(bench, make_sample):
+    sample = await bench.publish(make_sample("a", 20 * 65_536))
+    accelerator = LateAccelerator({0: 2_000_000})
+    budgets = ("device_budget_bytes", "dram_budget_bytes", "nvme_budget_bytes")
+    changes = {"copy_threads": 2, **dict.fromkeys(budgets, 2_000_000)}
+    async with loader_on(bench, accelerator, **changes) as loader:
+        await bring_to_nvme(loader, sample)
+        assert loader.on_device(sample.ref.id) is None
+        accelerator.gate.clear()
+        accelerator.waited.clear()
+        load = asyncio.create_task(loader.load(sample.ref, DEVICE))
+        await asyncio.to_thread(accelerator.waited.wait, 60)
+        weights = loader.on_device(sample.ref.id)
+        assert weights is not None
+        stream: list[LateEvent] = []
+        await asyncio.to_thread(weights.follow, 0, 65_536, stream)
+        assert not load.done()
+        accelerator.gate.set()
+        await asyncio.to_thread(stream[0].wait)
+        assert accelerator.allocated[0].data[:65_536] == sample.data[:65_536]
+        (await load).release()
 
 
 async def test_a_flipped_bit_on_nvme_is_fetched_again_and_mended(
