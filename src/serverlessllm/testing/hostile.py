@@ -243,7 +243,7 @@ def _invalid() -> dict[str, bytes]:
         "a bomb of memo reads": b"\x80\x02N\x94" + b"h\0" * 2_400_000,
         "a bomb of numbers": b"\x80\x02" + b"J\xff\xff\xff\x7f" * 2_000_000,
         "a bomb of names": b"\x80\x02" + b"ctorch\nSize\n" * 500_000,
-        "a bomb of texts": b"\x80\x02" + (b"X\xff\xff\0\0" + b"a" * 0xFFFF) * 200,
+        "a bomb of texts": b"\x80\x02" + (b"X\xff\xff\0\0" + b"a" * 0xFFFF) * 20,
         "a bomb of wide texts": b"\x80\x02" + text("\U0001f600" + "a" * 99_000) * 120,
         "a bomb of nothing": b"\x80\x02" + b"N0" * 2_000_000,
         "too long": b"\x80\x02" + bytes(17 << 20),
