@@ -38,6 +38,7 @@ def show(model: options.Model, url: options.Url = None, json: options.Json = Fal
         "command": " ".join(spec.command),
         "options": ", ".join(f"{name}={value}" for name, value in spec.options.items()),
         "checkpoint": checkpoint.id if checkpoint else "not in the store" if spec.source else "",
+        "adapter of": checkpoint.base or "" if checkpoint else "",
         "size": format_size(checkpoint.size_bytes) if checkpoint else "",
         "stored at": checkpoint.prefix if checkpoint else "",
         "ingest": _ingest(view.job) if view.job else "",

@@ -43,6 +43,8 @@ class CheckpointRef(msgspec.Struct, frozen=True, kw_only=True):
     """`<model>/<revision>`: the folder of `model.bin` and `model.idx` in the store."""
     size_bytes: int
     """Of `model.bin`."""
+    base: str | None = None
+    """Of an adapter: the model it adapts."""
 
 
 class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):

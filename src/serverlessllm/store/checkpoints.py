@@ -104,7 +104,9 @@ class CheckpointStore:
             return None
         if found.size_bytes != index.size_bytes:
             return None
-        return CheckpointRef(id=checkpoint_id(data), prefix=prefix, size_bytes=index.size_bytes)
+        return CheckpointRef(
+            id=checkpoint_id(data), prefix=prefix, size_bytes=index.size_bytes, base=index.base
+        )
 
     async def read_range(self, prefix: str, offset: int, size: int) -> memoryview:
         """Exactly `size` bytes at `offset` of the `.bin`.

@@ -118,7 +118,10 @@ class Upload:
                 f"{found_bytes}: convert it again"
             )
         ref = CheckpointRef(
-            id=checkpoint_id(index), prefix=self._prefix, size_bytes=decoded.size_bytes
+            id=checkpoint_id(index),
+            prefix=self._prefix,
+            size_bytes=decoded.size_bytes,
+            base=decoded.base,
         )
         if await self._is_published(index):
             return ref
