@@ -22,6 +22,7 @@ from serverlessllm.backends.base import (
 )
 from serverlessllm.backends.options import parse_options
 from serverlessllm.checkpoint.index import KIND_TENSORS, Index, Tensor
+from serverlessllm.checkpoint.quantized import private_bytes
 from serverlessllm.core.ids import Address
 from serverlessllm.core.models import ModelSpec
 from serverlessllm.core.units import MIB
@@ -98,7 +99,7 @@ class Transformers:
     stats_path = "/stats"
 
     def installed(self) -> Refusal | None:
-        for module in ("torch", "transformers"):
+        for module in ("torch", "transformers", "compressed_tensors"):
             if importlib.util.find_spec(module) is None:
                 return Refusal(reason="not installed: pip install 'serverlessllm[torch]'")
         return None
@@ -115,7 +116,7 @@ class Transformers:
         if isinstance(options, Refusal):
             return options
         on_cpu = node.devices == ("cpu",)
-        own = _expert_bytes(index) if on_cpu else index.size_bytes
+        own = _expert_bytes(index) + private_bytes(index) if on_cpu else index.size_bytes
         cache = _cache_bytes(index, options)
         return Offer(
             memory_bytes=own + cache + _SCRATCH_BYTES,

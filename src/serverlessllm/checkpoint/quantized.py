@@ -16,7 +16,7 @@ from typing import Self
 import msgspec
 
 from serverlessllm.checkpoint.dtypes import tensor_size_bytes
-from serverlessllm.checkpoint.index import KIND_TENSORS, Tensor
+from serverlessllm.checkpoint.index import KIND_TENSORS, Index, Tensor
 from serverlessllm.core.errors import CheckpointError, InvalidRequest, OutOfSpace
 from serverlessllm.core.units import GIB, MIB, format_size
 
@@ -28,6 +28,10 @@ _GROUP_SIZES = (16, 32, 64, 128, 256)
 _DEFAULT_GROUP_SIZE = {"int8": None, "int4": 32}
 _WORD_WEIGHTS = 8
 """4-bit weights in one 32-bit word."""
+_PACKED, _SCALE = "_packed", "_scale"
+_KERNEL_GROUPS = frozenset({32, 64, 128, 256})
+_KERNEL_DTYPE = "BF16"
+"""What the kernels of `backends/inside/quantize/running.py` multiply in."""
 _SPARE_BYTES = 16 * MIB
 
 
@@ -51,7 +55,7 @@ class Scheme(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def scheme(name: str, group_size: int | None = None) -> Scheme:
-    """The scheme of this name; a `group_size` of None is its default, 0 one scale a row.
+    """The scheme of this name; a `group_size` of None is its default.
 
     Raises:
         InvalidRequest: no such scheme, or a group of another size.
@@ -61,13 +65,10 @@ def scheme(name: str, group_size: int | None = None) -> Scheme:
         raise InvalidRequest(f"unknown scheme {name[:40]!r}: one of {known}", param="quantize")
     if group_size is None:
         return Scheme(name=name, group_size=_DEFAULT_GROUP_SIZE[name])
-    if group_size == 0 and name == "int8":
-        return Scheme(name=name, group_size=None)
     if group_size not in _GROUP_SIZES:
         sizes = ", ".join(map(str, _GROUP_SIZES))
-        whole = ", or 0 for whole rows" if name == "int8" else ""
         raise InvalidRequest(
-            f"a group of {group_size} weights is not supported for {name}: one of {sizes}{whole}",
+            f"a group of {group_size} weights is not supported: one of {sizes}",
             param="group_size",
         )
     return Scheme(name=name, group_size=group_size)
@@ -129,18 +130,53 @@ def quantized(tensor: Tensor, scheme: Scheme) -> QuantizedTensor:
         )
     groups = columns // scheme.group_size if scheme.group_size else 1
     name = tensor.name
-    scale = Part(name=f"{name}_scale", dtype=tensor.dtype, shape=(rows, groups))
+    scale = Part(name=name + _SCALE, dtype=tensor.dtype, shape=(rows, groups))
     if scheme.bits == 8:
         return QuantizedTensor(
             weight=Part(name=name, dtype="I8", shape=(rows, columns)), scale=scale
         )
     words, tall = columns // _WORD_WEIGHTS, -(-rows // _WORD_WEIGHTS)
     return QuantizedTensor(
-        weight=Part(name=f"{name}_packed", dtype="I32", shape=(rows, words)),
+        weight=Part(name=name + _PACKED, dtype="I32", shape=(rows, words)),
         scale=scale,
         zero=Part(name=f"{name}_zero_point", dtype="I32", shape=(tall, groups)),
         shape=Part(name=f"{name}_shape", dtype="I64", shape=(2,)),
     )
+
+
+def has_kernel(bits: int, rows: int, columns: int, group_size: int | None) -> bool:
+    """Whether torch has a CPU kernel that multiplies BF16 with such weights as they are.
+
+    Its 8-bit one reads past the end of rows that its vectors do not divide, so it is asked for
+    what they do.
+    """
+    if bits == 8:
+        return group_size is None and columns % 64 == 0
+    return group_size in _KERNEL_GROUPS and rows % 16 == 0
+
+
+def private_bytes(index: Index) -> int:
+    """What an instance on a CPU holds of its own beside a quantised checkpoint: nothing where a
+    kernel reads the weights as they lie, the kernel's own order of 4-bit ones, and the restored
+    weights where there is no kernel."""
+    done = index.quantization
+    if done is None:
+        return 0
+    tensors = {tensor.name: tensor for tensor in index.tensors}
+    total = 0
+    for scale in index.tensors:
+        name = scale.name.removesuffix(_SCALE)
+        stored = tensors.get(name + _PACKED) or tensors.get(name)
+        if name == scale.name or stored is None or len(stored.shape) != 2:
+            continue
+        packed = stored.name != name
+        rows, columns = stored.shape[0], stored.shape[1] * (_WORD_WEIGHTS if packed else 1)
+        fits = has_kernel(4 if packed else 8, rows, columns, done.group_size)
+        if scale.dtype != _KERNEL_DTYPE or not fits:
+            total += tensor_size_bytes(KIND_TENSORS, scale.dtype, (rows, columns))
+        elif packed:
+            total += stored.size_bytes + 2 * scale.size_bytes
+    return total
 
 
 class SafetensorsFolder:

@@ -20,6 +20,7 @@ _LIBRARIES = (
     "transformers.utils.chat_template_utils",
     "tokenizers",
     "jinja2.sandbox",
+    "serverlessllm.backends.inside.quantize.running",
     "serverlessllm.backends.inside.transformers.server",
 )
 FAILED_STATUS = 1

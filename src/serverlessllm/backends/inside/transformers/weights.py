@@ -10,6 +10,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from serverlessllm.backends.inside.quantize.running import run_in_place
 from serverlessllm.backends.inside.transformers.arrivals import Arrivals, Wait
 from serverlessllm.backends.inside.transformers.gates import Gates
 from serverlessllm.backends.inside.transformers.mapping import Mapping
@@ -43,6 +44,8 @@ class Weights:
             arrivals.wait_all()
             self.model = _build(index, config, views, device)
         self.model.requires_grad_(requires_grad=False)
+        if index.quantization is not None:
+            run_in_place(self.model)
         self._gates: Gates | None = None
         if arrivals is not None and not arrivals.complete:
             self._gates = Gates(self.model, mapping, arrivals)
