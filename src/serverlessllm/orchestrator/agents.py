@@ -41,7 +41,8 @@ class AgentClient:
     async def load(
         self, address: Address, request: LoadRequest, publish: Callable[[LoadEvent], None]
     ) -> LoadEvent:
-        """The `ready` event; each one before it is published. Cancelling hangs up.
+        """The last `ready` event; each one before it is published, among them those of an instance
+        whose bytes still move (`arriving`). Cancelling hangs up.
 
         Raises:
             AgentGone: it cannot be reached, hung up, or is silent for too long.
@@ -61,7 +62,7 @@ class AgentClient:
                     event = _decoded(line)
                     if event.error is not None:
                         raise error_of(event.error)
-                    if event.state == "ready":
+                    if event.state == "ready" and not event.arriving:
                         return event
                     publish(event)
         raise AgentGone("the agent ended a load without an outcome")

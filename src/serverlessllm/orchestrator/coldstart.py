@@ -47,9 +47,17 @@ class BringsUp(Protocol):
     """`serverlessllm.orchestrator.loads.Loads`: the work itself, without the room."""
 
     async def bring_up(
-        self, model: ModelId, elsewhere: bool, publish: Callable[[LoadEvent], None]
+        self,
+        model: ModelId,
+        elsewhere: bool,
+        publish: Callable[[LoadEvent], None],
+        became_ready: Callable[[Loaded], None],
     ) -> Loaded:
-        """Make `model` ready on some agent; `elsewhere`: on one where it is not ready yet."""
+        """Make `model` ready on some agent; `elsewhere`: on one where it is not ready yet.
+
+        `became_ready` is told of an instance that serves before its bytes are all there; the
+        result, with the whole breakdown, comes when they are.
+        """
         ...
 
     def fleet(self) -> Fleet: ...
@@ -250,19 +258,33 @@ class WaitingRoom:
     async def _own(self, model: ModelId, loading: _Loading) -> None:
         """The task that owns one load: its outcome is given to all waiters exactly once."""
         try:
-            loaded = await self._loads.bring_up(model, loading.elsewhere, loading.publish)
+            became_ready = partial(self._became_ready, model, loading)
+            loaded = await self._loads.bring_up(
+                model, loading.elsewhere, loading.publish, became_ready
+            )
         except SLLMError as failure:
             self._fail(model, loading, failure)
         except Exception:  # noqa: BLE001 - boundary of a task: its waiters must hear of a bug
             _log.error("load ended by a bug", exc_info=True, model=model)
             self._fail(model, loading, SLLMError())
         else:
-            self._last_loads.pop(model, None)
-            self._last_loads[model] = loaded
-            while len(self._last_loads) > self._settings.models_list_max:
-                del self._last_loads[next(iter(self._last_loads))]
+            self._became_ready(model, loading, loaded)
+
+    def _became_ready(self, model: ModelId, loading: _Loading, loaded: Loaded) -> None:
+        """The load's outcome; told once more when the bytes of an instance that was ready before
+        them are there, it completes what is remembered of it."""
+        first = not loading.done.done()
+        if not first and model not in self._last_loads:  # deleted meanwhile
+            return
+        self._last_loads.pop(model, None)
+        self._last_loads[model] = loaded
+        while len(self._last_loads) > self._settings.models_list_max:
+            del self._last_loads[next(iter(self._last_loads))]
+        if first:
             loading.done.set_result(loaded)
             loading.publish(LoadEvent(state="ready", hops=loaded.hops))
+            if self._loadings.get(model) is loading:
+                del self._loadings[model]
 
     def _fail(self, model: ModelId, loading: _Loading, error: SLLMError) -> None:
         self._remember((model, loading.elsewhere), error)

@@ -53,7 +53,8 @@ class AsksAgents(Protocol):
     async def load(
         self, address: Address, request: LoadRequest, publish: Callable[[LoadEvent], None]
     ) -> LoadEvent:
-        """The `ready` event; each one before it is published. Cancelling hangs up.
+        """The last `ready` event; each one before it is published, among them those of an instance
+        whose bytes still move (`arriving`). Cancelling hangs up.
 
         Raises:
             AgentGone: it cannot be reached, or hung up before the end.
@@ -94,14 +95,19 @@ class Loads:
         model: ModelId,
         elsewhere: bool,
         publish: Callable[[LoadEvent], None],
+        became_ready: Callable[[Loaded], None],
     ) -> Loaded:
         with span("orchestrator.load", loud=True, model=model, elsewhere=elsewhere) as stage:
-            loaded = await self._bring_up(model, elsewhere, publish)
+            loaded = await self._bring_up(model, elsewhere, publish, became_ready)
             stage.note(agent=loaded.agent, predicted_s=round(loaded.predicted_s, 3))
         return loaded
 
     async def _bring_up(
-        self, model: ModelId, elsewhere: bool, publish: Callable[[LoadEvent], None]
+        self,
+        model: ModelId,
+        elsewhere: bool,
+        publish: Callable[[LoadEvent], None],
+        became_ready: Callable[[Loaded], None],
     ) -> Loaded:
         started_s = self._clock.now_s()
         record = await self.checkpointed(model, publish)
@@ -116,10 +122,14 @@ class Loads:
             placed = await self._place(record, refused, gone, publish)
             if placed is None:
                 break
-            chosen_s = self._clock.now_s()
+            so_far = Loaded(
+                agent=placed.agent,
+                predicted_s=placed.predicted_s,
+                place_s=self._clock.now_s() - searched_s,
+                ingest_s=ingest_s,
+            )
             try:
-                request = LoadRequest(spec=record.spec, checkpoint=record.checkpoint)
-                ready = await self._agents.load(placed.address, request, publish)
+                return await self._load_on(placed, record, so_far, publish, became_ready)
             except AgentGone as lost:
                 self._view.failed(placed.agent)
                 gone.add((placed.agent, placed.epoch))
@@ -129,22 +139,54 @@ class Loads:
                     raise
                 refused.add(placed.agent)
                 error = refusal
-            else:
-                self._view.became_ready(placed.agent, model)
-                loaded = Loaded(
-                    agent=placed.agent,
-                    predicted_s=placed.predicted_s,
-                    place_s=chosen_s - searched_s,
-                    ingest_s=ingest_s,
-                    load_s=self._clock.now_s() - chosen_s,
-                    hops=ready.hops,
-                )
-                SCHEDULE_DECISIONS.inc(placed.cache_level.tier)
-                note_schedule_error(loaded.predicted_s, loaded.load_s)
-                return loaded
         if error is None or isinstance(error, AgentGone):
             raise NoCapacity(f"no agent can take {model} now", retry_after_s=1.0)
         raise error
+
+    async def _load_on(
+        self,
+        placed: Placed,
+        record: ModelRecord,
+        so_far: Loaded,
+        publish: Callable[[LoadEvent], None],
+        became_ready: Callable[[Loaded], None],
+    ) -> Loaded:
+        """`so_far`, and what the load on this agent took.
+
+        What befalls it after its first `ready` event is not told: nobody waits any more, and
+        whoever asks the instance will see.
+        """
+        chosen_s = self._clock.now_s()
+        ready: Loaded | None = None
+
+        def heard(event: LoadEvent) -> None:
+            nonlocal ready
+            if event.state != "ready":
+                publish(event)
+            elif ready is None:
+                ready = self._became_ready(placed, record, so_far, chosen_s)
+                ready = msgspec.structs.replace(ready, hops=event.hops)
+                became_ready(ready)
+
+        request = LoadRequest(spec=record.spec, checkpoint=record.checkpoint)
+        try:
+            event = await self._agents.load(placed.address, request, heard)
+        except SLLMError:
+            if ready is None:
+                raise
+            return ready
+        if ready is None:
+            ready = self._became_ready(placed, record, so_far, chosen_s)
+        return msgspec.structs.replace(ready, hops=event.hops)
+
+    def _became_ready(
+        self, placed: Placed, record: ModelRecord, so_far: Loaded, chosen_s: float
+    ) -> Loaded:
+        self._view.became_ready(placed.agent, record.spec.model)
+        load_s = self._clock.now_s() - chosen_s
+        SCHEDULE_DECISIONS.inc(placed.cache_level.tier)
+        note_schedule_error(placed.predicted_s, load_s)
+        return msgspec.structs.replace(so_far, load_s=load_s)
 
     async def checkpointed(
         self, model: ModelId, publish: Callable[[LoadEvent], None]

@@ -73,13 +73,19 @@ class HeldLoads:
         self.cancelled = 0
         self.outcome: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
         self.publish: Callable[[LoadEvent], None] = lambda _: None
+        self.became_ready: Callable[[Loaded], None] = lambda _: None
         self.agents: Fleet = frozenset({(AgentId("a"), Epoch(1))})
 
     async def bring_up(
-        self, model: ModelId, elsewhere: bool, publish: Callable[[LoadEvent], None]
+        self,
+        model: ModelId,
+        elsewhere: bool,
+        publish: Callable[[LoadEvent], None],
+        became_ready: Callable[[Loaded], None],
     ) -> Loaded:
         self.started.append((model, elsewhere))
         self.publish = publish
+        self.became_ready = became_ready
         try:
             return await asyncio.shield(self.outcome)
         except asyncio.CancelledError:

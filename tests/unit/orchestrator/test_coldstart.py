@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
-from serverlessllm.core.agentapi import LoadEvent
+from serverlessllm.core.agentapi import HopTiming, LoadEvent
 from serverlessllm.core.errors import LoadFailed, SLLMError, TooManyRequests, Unavailable
 from serverlessllm.core.ids import AgentId
 from serverlessllm.orchestrator.coldstart import Loaded, WaitingRoom
@@ -38,6 +39,34 @@ async def test_all_who_wait_share_one_load(room, loads, settle):
     loads.end(READY)
     assert await asyncio.gather(*waiting) == [READY] * 3
     assert room.last_load("m") == READY
+
+
+async def test_who_waits_goes_on_although_bytes_still_move(room, loads, settle):
+    waiting = asyncio.create_task(wait(room, "m"))
+    await settle()
+    loads.became_ready(READY)
+    assert await waiting == READY
+    assert room.last_load("m") == READY
+    assert room.loading == 0
+    whole = msgspec.structs.replace(READY, hops=(HopTiming(hop="start", seconds=1.0),))
+    loads.end(whole)
+    await settle()
+    assert room.last_load("m") == whole
+    again = asyncio.create_task(wait(room, "m"))  # what came of the first one is not its affair
+    await settle()
+    assert len(loads.started) == 2
+    again.cancel()
+
+
+async def test_of_a_model_that_was_deleted_nothing_is_remembered(room, loads, settle):
+    waiting = asyncio.create_task(wait(room, "m"))
+    await settle()
+    loads.became_ready(READY)
+    await waiting
+    room.forget("m")
+    loads.end(READY)
+    await settle()
+    assert room.last_load("m") is None
 
 
 async def test_two_models_load_side_by_side(room, loads, settle):

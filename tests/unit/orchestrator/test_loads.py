@@ -31,10 +31,13 @@ class Agents:
     def __init__(self):
         self.answers = {}
         self.asked = []
+        self.early = []
 
     async def load(self, address, request, publish):
         self.asked.append(address.removeprefix("unix:/run/").removesuffix(".sock"))
         publish(LoadEvent(state="loading"))
+        for event in self.early:
+            publish(event)
         answer = self.answers.get(self.asked[-1])
         if answer is not None:
             raise answer
@@ -64,6 +67,7 @@ class Bench:
         self.agents = Agents()
         self.ingest = Ingest(make)
         self.events = []
+        self.ready = []
         self.clock = clock
         self.loads = Loads(
             OrchestratorSettings(agent_wait_s=5.0, **settings),
@@ -75,7 +79,7 @@ class Bench:
         )
 
     async def bring_up(self, model="m", *, elsewhere=False):
-        return await self.loads.bring_up(model, elsewhere, self.events.append)
+        return await self.loads.bring_up(model, elsewhere, self.events.append, self.ready.append)
 
     def put(self, *records):
         for record in records:
@@ -195,3 +199,28 @@ async def test_a_load_that_failed_is_the_error_in_the_end(bench, make):
     bench.agents.answers["a"] = LoadFailed("the engine said no")
     with pytest.raises(LoadFailed):
         await bench.bring_up()
+
+
+SO_FAR = (HopTiming(hop="start", seconds=0.5),)
+EARLY = LoadEvent(state="ready", arriving=True, hops=SO_FAR)
+
+
+async def test_who_is_ready_before_its_bytes_is_told_of_once_and_completed_later(bench, make):
+    bench.put(make.agent("a"))
+    bench.agents.early = [EARLY, EARLY]
+    loaded = await bench.bring_up()
+    (ready,) = bench.ready
+    assert (ready.agent, ready.hops) == ("a", SO_FAR)
+    assert (loaded.agent, loaded.hops) == ("a", HOPS)
+    assert all(event.state != "ready" for event in bench.events)
+    assert ready_agents(bench.view, ModelId("m")) == {"a"}
+
+
+@pytest.mark.parametrize("end", [AgentGone(), LoadFailed("the bytes did not come")])
+async def test_what_befalls_it_later_starts_nothing_elsewhere(bench, make, end):
+    bench.put(make.agent("a"), make.agent("b"))
+    bench.agents.early = [EARLY]
+    bench.agents.answers = {"a": end, "b": end}
+    loaded = await bench.bring_up()
+    assert bench.ready == [loaded]
+    assert bench.agents.asked == [loaded.agent]
