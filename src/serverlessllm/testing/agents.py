@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -13,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from blake3 import blake3
-from crc32c import crc32c
 
 from serverlessllm.agent.app import Agent
 from serverlessllm.agent.settings import AgentSettings
 from serverlessllm.backends.registry import Backends
 from serverlessllm.backends.settings import BackendSettings
 from serverlessllm.checkpoint.convert import convert
-from serverlessllm.checkpoint.index import KIND_TENSORS, Chunk, Index, Tensor, encode_index
 from serverlessllm.checkpoint.sources.base import open_file
 from serverlessllm.core.agentapi import (
     KEEP_ALIVE_HEADER,
@@ -35,7 +31,7 @@ from serverlessllm.core.clock import Clock, SystemClock
 from serverlessllm.core.cluster import AgentRecord, CacheLevel, ModelOnAgent
 from serverlessllm.core.ids import Address, AgentId, ModelId
 from serverlessllm.core.models import CheckpointRef, ModelSpec
-from serverlessllm.core.units import KIB, MIB
+from serverlessllm.core.units import MIB
 from serverlessllm.edge.settings import EdgeSettings, UpstreamSettings
 from serverlessllm.edge.upstream import Response, Upstreams
 from serverlessllm.loader.service import Loader
@@ -75,39 +71,6 @@ class Machine:
         folder.mkdir(parents=True)
         done = await asyncio.to_thread(convert, open_file(gguf, model=name), folder)
         return await self.store.publish(f"{name}/r1", done.bin_path, done.idx_path.read_bytes())
-
-    async def publish_random(
-        self, name: str, *, chunks: int, chunk_bytes: int = 64 * KIB
-    ) -> tuple[CheckpointRef, bytes]:
-        """Put a checkpoint of random bytes into the store, one tensor, a layer, a chunk, the last
-        one short; and its `.bin`."""
-        size = chunks * chunk_bytes - chunk_bytes // 3 // 64 * 64
-        data = random.Random(name).randbytes(size)  # noqa: S311 - a test's bytes
-        parts = [data[at : at + chunk_bytes] for at in range(0, size, chunk_bytes)]
-        index = encode_index(
-            Index(
-                model=name,
-                source=f"file:///{name}",
-                revision="r1",
-                kind=KIND_TENSORS,
-                size_bytes=size,
-                chunk_bytes=chunk_bytes,
-                chunks=tuple(Chunk(blake3=blake3(p).hexdigest(), crc32c=crc32c(p)) for p in parts),
-                tensors=tuple(
-                    Tensor(
-                        name=f"model.layers.{number}.w",
-                        dtype="U8",
-                        shape=(len(part),),
-                        offset=number * chunk_bytes,
-                        size_bytes=len(part),
-                    )
-                    for number, part in enumerate(parts)
-                ),
-            )
-        )
-        path = self.root / f"{name}.publish"
-        path.write_bytes(data)
-        return await self.store.publish(f"{name}/r1", path, index), data
 
     @contextlib.asynccontextmanager
     async def agent(

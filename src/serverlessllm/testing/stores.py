@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 
+from blake3 import blake3
+from crc32c import crc32c
+
+from serverlessllm.checkpoint.index import KIND_TENSORS, Chunk, Index, Tensor, encode_index
 from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.errors import SLLMError
+from serverlessllm.core.models import CheckpointRef
+from serverlessllm.core.units import KIB
 from serverlessllm.store.checkpoints import CheckpointStore
 from serverlessllm.store.open import open_objects
 from serverlessllm.store.settings import StoreSettings
@@ -52,3 +59,38 @@ class GatedStore(CheckpointStore):
     def _take_turns(self) -> None:
         turn, self._turn = self._turn, asyncio.Event()
         turn.set()
+
+
+CHUNK_BYTES = 64 * KIB
+
+
+async def publish_random(
+    store: CheckpointStore, folder: Path, name: str, *, chunks: int
+) -> tuple[CheckpointRef, list[bytes]]:
+    """Put a checkpoint of random bytes into the store: a tensor, a layer and a chunk of
+    `CHUNK_BYTES` each, the last one shorter. What each chunk has."""
+    size = chunks * CHUNK_BYTES - 20 * KIB
+    data = random.Random(name).randbytes(size)  # noqa: S311 - a test's bytes
+    parts = [data[at : at + CHUNK_BYTES] for at in range(0, size, CHUNK_BYTES)]
+    index = Index(
+        model=name,
+        source=f"file:///{name}",
+        revision="r1",
+        kind=KIND_TENSORS,
+        size_bytes=size,
+        chunk_bytes=CHUNK_BYTES,
+        chunks=tuple(Chunk(blake3=blake3(part).hexdigest(), crc32c=crc32c(part)) for part in parts),
+        tensors=tuple(
+            Tensor(
+                name=f"model.layers.{number}.w",
+                dtype="U8",
+                shape=(len(part),),
+                offset=number * CHUNK_BYTES,
+                size_bytes=len(part),
+            )
+            for number, part in enumerate(parts)
+        ),
+    )
+    path = folder / f"{name}.publish"
+    path.write_bytes(data)
+    return await store.publish(f"{name}/r1", path, encode_index(index)), parts

@@ -28,11 +28,10 @@ from serverlessllm.loader.tiers.nvme import DirectFile
 from serverlessllm.testing import waiting
 from serverlessllm.testing.agents import AgentClient, Machine, chat_body, fake_spec
 from serverlessllm.testing.clock import VirtualClock
-from serverlessllm.testing.stores import GatedStore
+from serverlessllm.testing.stores import CHUNK_BYTES, GatedStore, publish_random
 
 MODEL = "fake-model"
 CHUNKS = 6
-CHUNK_BYTES = 64 * 1024
 GONE = StoreUnavailable("the store has gone")
 
 eventually = functools.partial(waiting.eventually, within_s=20.0)
@@ -50,13 +49,13 @@ def open_descriptors() -> int:
 class Bench:
     """A machine whose store gives what it is told to, and a checkpoint in it."""
 
-    def __init__(self, machine: Machine, store: GatedStore, ref: CheckpointRef, data: bytes):
+    def __init__(
+        self, machine: Machine, store: GatedStore, ref: CheckpointRef, chunks: list[bytes]
+    ) -> None:
         self.machine = machine
         self.store = store
         self.ref = ref
-        self.said = [
-            f"{crc32c(data[at : at + CHUNK_BYTES]):08x}" for at in range(0, len(data), CHUNK_BYTES)
-        ]
+        self.said = [f"{crc32c(chunk):08x}" for chunk in chunks]
         """The token of each layer."""
         self.events: list[LoadEvent] = []
 
@@ -91,8 +90,8 @@ async def bench(machine: Machine) -> Bench:
     store = GatedStore(machine.root / "store")
     machine.store = store
     machine.loader = msgspec.structs.replace(machine.loader, progress_interval_s=0.0)
-    ref, data = await machine.publish_random("layers", chunks=CHUNKS, chunk_bytes=CHUNK_BYTES)
-    return Bench(machine, store, ref, data)
+    ref, chunks = await publish_random(store, machine.root, "layers", chunks=CHUNKS)
+    return Bench(machine, store, ref, chunks)
 
 
 def instance(agent: AgentClient) -> Instance:
