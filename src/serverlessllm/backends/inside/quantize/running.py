@@ -50,16 +50,21 @@ def run_in_place(model: nn.Module) -> None:
         hook.remove()
         del model.ct_decompress_hook
     for module in modules:
-        module.forward = _at_first_call(module)
+        _become(module, _at_first_call(module))
 
 
 def _at_first_call(module: nn.Linear) -> Forward:
     def forward(rows: torch.Tensor) -> torch.Tensor:
-        module.forward = _prepare(module)
-        result: torch.Tensor = module.forward(rows)
-        return result
+        prepared = _prepare(module)
+        _become(module, prepared)
+        return prepared(rows)
 
     return forward
+
+
+def _become(module: nn.Linear, forward: Forward) -> None:
+    """As the library itself does: the instance's own method, so that hooks still run."""
+    module.__dict__["forward"] = forward
 
 
 def _prepare(module: nn.Linear) -> Forward:
