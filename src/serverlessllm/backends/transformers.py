@@ -36,9 +36,10 @@ _EMBEDDING_ROWS = 64
 """Rows of a KV projection that are taken for granted where no name says how many there are."""
 
 ENVIRONMENT = {
-    # Threads that spin while others wait for their core: see PARTS of the benchmarks. Measured with
-    # busy neighbours: 34 ms a token with this, 85 to 1,300 with libgomp's own choice.
-    "GOMP_SPINCOUNT": "10000",
+    # Threads that spin for each other take the core from who has work. Measured on two cores in ms
+    # a token, quiet and beside two busy neighbours: libgomp's default spin 38 and 1,940, spin
+    # 10,000 38 and 610, spin 1,000 44 and 200, spin 300 50 and 210.
+    "GOMP_SPINCOUNT": "1000",
     "TOKENIZERS_PARALLELISM": "false",
     # An engine never goes to the network: what it needs is in the checkpoint.
     "HF_HUB_OFFLINE": "1",

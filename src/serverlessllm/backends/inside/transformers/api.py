@@ -112,7 +112,8 @@ class Api:
                 continue_last=ask.continue_final_message,
             ),
         )
-        await self._answer(request, "chat", ask, self._orders(ask, [prompt], [""]))
+        orders = self._orders(ask, "messages", [prompt], [""])
+        await self._answer(request, "chat", ask, orders)
 
     async def _complete(self, request: Request) -> None:
         ask = read(await request.body(), CompletionAsk)
@@ -121,10 +122,15 @@ class Api:
         echoes = [""] * len(given)
         if ask.echo:
             echoes = [one if isinstance(one, str) else self._text.decode(one) for one in given]
-        await self._answer(request, "text", ask, self._orders(ask, prompts, echoes))
+        orders = self._orders(ask, "prompt", prompts, echoes)
+        await self._answer(request, "text", ask, orders)
 
     def _orders(
-        self, ask: ChatAsk | CompletionAsk, prompts: Sequence[list[int]], echoes: Sequence[str]
+        self,
+        ask: ChatAsk | CompletionAsk,
+        param: str,
+        prompts: Sequence[list[int]],
+        echoes: Sequence[str],
     ) -> list[Order]:
         """Every answer to every prompt.
 
@@ -136,20 +142,21 @@ class Api:
             raise InvalidRequest(f"n: at most {ANSWERS_MAX} answers at once", param="n")
         orders = []
         for prompt, echo in zip(prompts, echoes, strict=True):
-            room = self._room(prompt)
+            room = self._room(param, prompt)
             wanted = room if ask.tokens_max is None else min(ask.tokens_max, room)
             for answer in range(ask.answers):
                 chosen = sampling(ask, self._defaults, answer)
                 orders.append(Order(prompt=prompt, sampling=chosen, tokens_max=wanted, echo=echo))
         return orders
 
-    def _room(self, prompt: Sequence[int]) -> int:
+    def _room(self, param: str, prompt: Sequence[int]) -> int:
         if not prompt:
-            raise InvalidRequest("the prompt has no tokens", param="prompt")
+            raise InvalidRequest(f"{param}: it has no tokens", param=param)
         if len(prompt) >= self._context:
             raise ContextTooLong(
                 f"the prompt has {len(prompt)} tokens, and this model's context is "
-                f"{self._context}, the answer included"
+                f"{self._context}, the answer included",
+                param=param,
             )
         return self._context - len(prompt)
 
@@ -211,7 +218,7 @@ class Api:
         ask = read(await request.body(), EmbeddingAsk)
         inputs = [await self._tokens("input", one) for one in texts("input", ask.input)]
         for tokens in inputs:
-            self._room(tokens)
+            self._room("input", tokens)
         data = []
         self._aside += 1
         try:

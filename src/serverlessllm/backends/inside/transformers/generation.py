@@ -115,6 +115,10 @@ class Generator:
         """Let the loop begin: it makes its cache, then waits for requests."""
         self._manager.start()
 
+    def close(self) -> None:
+        """End the loop, after the step it is at; what it was at is not finished."""
+        self._manager.stop(block=True, hard_stop=True)
+
     def submit(
         self,
         prompt: list[int],
