@@ -30,7 +30,7 @@ def verify(
     config: options.Config = None,
     json: options.Json = False,
 ) -> None:
-    """Read a whole checkpoint, check every digest, and name all that is damaged."""
+    """Read a whole checkpoint and name all that is damaged."""
     import time
 
     from serverlessllm.checkpoint.reader import examine

@@ -1,10 +1,11 @@
-"""Conversions killed at their n-th change of the disk, for n = 1, 2, …: a program of one thread.
+"""Conversions killed at their n-th change of the disk, for each n: a program of one thread.
 
-    killing.py SOURCE EXPECTED OUT CHUNK_BYTES SEED
+    killing.py SOURCE EXPECTED OUT CHUNK_BYTES STEP
 
 Each conversion is a fork of this process, so a point costs milliseconds. After each kill the
 promise is checked, then the resumed conversion is killed too, somewhere, then the next one must end
-with the bytes of EXPECTED. Prints how many points there were, and how many resumes were killed.
+with the bytes of EXPECTED. n is 1, 1 + STEP, and so on until a conversion lives through it. Prints
+how many points there were, and how many resumes were killed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from threading import Lock
 
@@ -72,9 +74,9 @@ def forked(work: Callable[[], object]) -> bool:
     return status == 0
 
 
-def main(source: Path, expected: Path, out: Path, chunk_bytes: int, seed: int) -> None:
+def main(source: Path, expected: Path, out: Path, chunk_bytes: int, step: int) -> None:
     opened = open_folder if source.is_dir() else open_file
-    chance = random.Random(seed)
+    chance = random.Random(7)
     whole = {name: (expected / name).read_bytes() for name in ("model.bin", "model.idx")}
 
     def run(point: int) -> None:
@@ -88,9 +90,8 @@ def main(source: Path, expected: Path, out: Path, chunk_bytes: int, seed: int) -
             verify(out / "model.bin", decode_index(idx.read_bytes()))
             assert idx.read_bytes() == whole["model.idx"]
 
-    point, killed_again = 0, 0
-    while True:
-        point += 1
+    points, killed_again = 0, 0
+    for point in count(1, step):
         if forked(partial(run, point)):
             break
         check_promise()
@@ -100,9 +101,10 @@ def main(source: Path, expected: Path, out: Path, chunk_bytes: int, seed: int) -
         for name, data in whole.items():
             assert (out / name).read_bytes() == data, f"{name} differs after a kill at {point}"
         shutil.rmtree(out)
-    print(point - 1, killed_again)
+        points += 1
+    print(points, killed_again)
 
 
 if __name__ == "__main__":
-    _source, _expected, _out, _chunk_bytes, _seed = sys.argv[1:]
-    main(Path(_source), Path(_expected), Path(_out), int(_chunk_bytes), int(_seed))
+    _source, _expected, _out, _chunk_bytes, _step = sys.argv[1:]
+    main(Path(_source), Path(_expected), Path(_out), int(_chunk_bytes), int(_step))
