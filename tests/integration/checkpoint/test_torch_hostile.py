@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from serverlessllm.core import errors
-from serverlessllm.testing.hostile import CANARY, Hostile, hostile_checkpoints
+from serverlessllm.testing.hostile import Hostile, hostile_checkpoints
+from serverlessllm.testing.hostile_pickles import CANARY
 
 # Whatever the interpreter tells of is refused: what is left are reads of the source's own files.
 _VICTIM = """

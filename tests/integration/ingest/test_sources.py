@@ -28,6 +28,7 @@ from serverlessllm.testing.checkpoints import write_random_gguf, write_random_sa
 from serverlessllm.testing.hub import Faults, HubServer
 from serverlessllm.testing.ingestions import MODEL, SETTINGS, Cluster, spec_of
 from serverlessllm.testing.s3 import S3Server, s3_server
+from serverlessllm.testing.torch_files import state_dict, storage, tensor, text, torch_zip
 
 
 @pytest.fixture(scope="session")
@@ -242,6 +243,21 @@ def test_a_source_that_is_not_there(
     )
     with pytest.raises(kind, match=says):
         read_all(source, IngestSettings(sources=nowhere))
+
+
+async def test_pytorch_files_of_the_hub_are_converted(cluster: Cluster, hub: HubServer) -> None:
+    """Only the weights are asked for, and no optimizer."""
+    tensors = {f"model.layers.{n}.w": tensor(storage(key=text(str(n)))) for n in range(4)}
+    storages = {str(n): bytes([n]) * 16 for n in range(4)}
+    weights = torch_zip(state_dict(tensors), storages)
+    files = {"config.json": b"{}", "pytorch_model.bin": weights, "optimizer.pt": os.urandom(99)}
+    commit = hub.add("org/name", files)
+    ingestion = await cluster.join()
+    record = await ingestion.ensure(MODEL, spec_of("hf://org/name"))
+    index = decode_index(await cluster.check(record))
+    assert [found.name for found in index.tensors] == list(tensors)
+    assert (index.source, index.revision) == ("hf://org/name", commit)
+    assert cluster.leftovers == []
 
 
 async def test_a_repository_of_pickles_is_refused_with_the_way_out(

@@ -13,7 +13,7 @@ from serverlessllm.checkpoint.pickles.interpreter import read_state_dict
 from serverlessllm.checkpoint.pickles.opcodes import OPCODE_NAMES
 from serverlessllm.checkpoint.pickles.values import TensorView
 from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
-from serverlessllm.testing.hostile import HostilePickle, hostile_pickles
+from serverlessllm.testing.hostile_pickles import HostilePickle, hostile_pickles
 from serverlessllm.testing.torch_files import (
     HOOKS,
     REBUILD,

@@ -11,7 +11,7 @@ from serverlessllm.checkpoint.pickles import sandbox
 from serverlessllm.checkpoint.pickles.interpreter import PICKLE_BYTES_MAX, read_state_dict
 from serverlessllm.checkpoint.pickles.sandbox import read_state_dict_apart
 from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
-from serverlessllm.testing.hostile import hostile_pickles
+from serverlessllm.testing.hostile_pickles import hostile_pickles
 from serverlessllm.testing.torch_files import state_dict, tensor
 
 PICKLE = state_dict({"a": tensor(), "b": tensor()})
