@@ -34,7 +34,15 @@ async def cluster_of(store_gives_bytes):
         await cluster.registry.put_model(ModelRecord(spec=SPEC, checkpoint=ref))
         store.let(store_gives_bytes)
         client = Upstreams(UpstreamSettings(), SystemClock())
+
+        async def registered():
+            url = Address(cluster.url)
+            async with client.send(url, "GET", "/api/models/layers") as response:
+                await response.read()
+                return response.status == 200
+
         try:
+            await eventually(registered, within_s=20.0)
             yield cluster, store, client, [f"{crc32c(chunk):08x}" for chunk in chunks]
         finally:
             await client.close()
@@ -59,6 +67,7 @@ async def test_its_first_token_comes_before_its_last_byte():
 
         heard = []
         async with client.send(address, "POST", "/v1/completions", JSON, ASK) as response:
+            assert response.status == 200, await response.read()
             async for text in texts(response):
                 heard.append(text)
                 if len(heard) == 2:
