@@ -103,7 +103,8 @@ def _quantize(
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    # A clone: a tensor of one element may be contiguous with any stride, which no view allows.
+    flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 

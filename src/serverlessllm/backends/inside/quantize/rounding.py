@@ -26,8 +26,8 @@ less than the coarser steps that keeping it needs. At 8 bits it never does."""
 
 
 class Rounded:
-    """A block of rows (a multiple of 8, or a whole matrix) as the library stores it, and as it
-    reads it back."""
+    """A block of rows (16, 32, 48, … or the rest) as the library stores it, and as it reads it
+    back."""
 
     def __init__(self, rows: torch.Tensor, scheme: QuantizationScheme) -> None:
         compressor = BaseCompressor.get_value_from_registry(str(scheme.format))

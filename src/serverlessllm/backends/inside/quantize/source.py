@@ -19,6 +19,8 @@ from serverlessllm.checkpoint.sources.base import open_file, open_folder
 from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+ROWS_MIN = 16
+"""The library cannot read the packed zero points of 8 rows or less; nor would that save much."""
 _CONFIG = "config.json"
 
 
@@ -55,17 +57,18 @@ class Source:
         return data
 
     def rows(self, tensor: Tensor, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """A matrix in blocks of whole rows (8, 16, 24, …) of about `elements`, each with its
-        first row's number.
+        """A matrix in blocks of whole rows, a multiple of 16 but for the last, of about `elements`,
+        each with its first row's number.
 
         Raises:
             CheckpointError: a number in it is infinite or not a number.
         """
         count, columns = tensor.shape
         row_bytes = tensor.size_bytes // count
-        step = max(8, elements // columns // 8 * 8)
-        for first in range(0, count, step):
-            held = min(step, count - first)
+        step = max(ROWS_MIN, elements // columns // ROWS_MIN * ROWS_MIN)
+        firsts = range(0, max(1, count - ROWS_MIN + 1), step)  # the last takes a short rest too
+        for first in firsts:
+            held = (count if first == firsts[-1] else first + step) - first
             data = self.read(tensor.offset + first * row_bytes, held * row_bytes)
             block = torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(held, columns)
             if not torch.isfinite(block).all():
@@ -112,7 +115,7 @@ def skeleton(source: Source) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return model_class(source.model_config())
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # a boundary: a stranger's numbers in another's constructor
         raise UnsupportedCheckpoint(
             f"transformers cannot build a {architecture} from this config.json: "
             f"{type(error).__name__}: {error}"[:500]
@@ -122,7 +125,8 @@ def skeleton(source: Source) -> PreTrainedModel:
 def choose(source: Source, model: PreTrainedModel) -> tuple[dict[str, Tensor], list[str]]:
     """The weights to quantise, by name of their module, and the modules that are to stay.
 
-    Those are the weights of `Linear` modules in numbered layers: no embedding, norm or head.
+    Those are the weights of `Linear` modules in numbered layers: no embedding, norm or head, and
+    nothing of a few rows, such as what chooses among experts.
 
     Raises:
         UnsupportedCheckpoint: the model has none.
@@ -138,7 +142,8 @@ def choose(source: Source, model: PreTrainedModel) -> tuple[dict[str, Tensor], l
         weight = f"{name}.weight"
         tensor = tensors.get(weight) or tensors.get(weight.removeprefix(prefix))
         in_layer = place(weight).phase is Phase.LAYER
-        if tensor is None or not in_layer or tensor.name in shared:
+        small = module.out_features < ROWS_MIN
+        if tensor is None or not in_layer or small or tensor.name in shared:
             kept.append(name)
         else:
             chosen[name] = tensor
