@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, PreTrainedModel
 
 from serverlessllm.backends.inside.transformers.generation import BatchLimits, Generator, Update
 from serverlessllm.backends.inside.transformers.sampling import Sampling
-from serverlessllm.core.errors import Unavailable
+from serverlessllm.core.errors import LoadFailed, Unavailable
 from serverlessllm.testing.waiting import eventually
 
 LIMITS = BatchLimits(context=256, page=16, batch=64, slots=1)
@@ -80,3 +80,11 @@ async def test_a_cancelled_answer_leaves_its_place_to_who_waits(model: PreTraine
         generator.cancel(long)  # again: nothing happens
     finally:
         generator.close()
+
+
+async def test_a_model_that_keeps_a_state_is_refused_at_its_start() -> None:
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, PreTrainedModel)
+    with pytest.raises(LoadFailed, match="cannot batch MambaForCausalLM"):
+        Generator(model, LIMITS, lambda: None)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -28,11 +28,13 @@ from serverlessllm.backends.base import ALL_ARRIVED
 from serverlessllm.backends.inside.transformers.arrivals import Arrivals
 from serverlessllm.backends.inside.transformers.gates import Gates
 from serverlessllm.backends.inside.transformers.mapping import Mapping
+from serverlessllm.backends.inside.transformers.text import Message, Text
 from serverlessllm.backends.inside.transformers.weights import Weights
 from serverlessllm.checkpoint.convert import convert
 from serverlessllm.checkpoint.index import Index, layers
 from serverlessllm.checkpoint.sources.base import open_folder
 from serverlessllm.core.errors import LoadFailed
+from serverlessllm.testing.hf import smollm2_folder
 from serverlessllm.testing.waiting import eventually_blocking
 
 PROMPT = torch.tensor([[5, 9, 3, 200, 41, 7, 7, 250]])
@@ -312,3 +314,20 @@ def test_an_architecture_that_the_library_lacks_is_refused(make: Callable[[str],
     index = msgspec.structs.replace(made.index, architecture="NoneForCausalLM")
     with pytest.raises(LoadFailed, match="has no 'NoneForCausalLM'"):
         Weights(index, made.mapping(), None, "cpu")
+
+
+def test_the_demo_model_answers_as_its_original(tmp_path: Path) -> None:
+    folder = smollm2_folder(tmp_path)
+    converted = convert(open_folder(folder, model="smollm2"), tmp_path)
+    made = Made(folder, converted.index, converted.bin_path)
+    mapping = made.mapping()
+    model = Weights(made.index, mapping, None, "cpu").model
+    assert torch.equal(logits(model), logits(made.original()))
+    text = Text(mapping.side_files(), tmp_path)
+    question = [Message(role="user", content="What is 2+2?")]
+    prompt = text.encode_chat(question, generation_prompt=True, continue_last=False)
+    with torch.inference_mode():
+        answered = cast(Any, model).generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False
+        )
+    assert "4" in text.decode(answered[0, len(prompt) :].tolist())

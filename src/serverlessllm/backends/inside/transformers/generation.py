@@ -27,7 +27,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from serverlessllm.backends.inside.transformers.sampling import Sampler, Sampling, Score, choose
-from serverlessllm.core.errors import SLLMError, Unavailable
+from serverlessllm.core.errors import LoadFailed, SLLMError, Unavailable
 
 WAITING_MAX = 1024
 """Answers in the making or waiting; more are refused. The agent sends far fewer."""
@@ -88,25 +88,17 @@ class Generator:
         limits: BatchLimits,
         on_failure: Callable[[], None],
     ) -> None:
-        """Prepares; nothing is computed. `on_failure` is called when the loop has ended."""
+        """Prepares; nothing is computed. `on_failure` is called when the loop has ended.
+
+        Raises:
+            LoadFailed: the library cannot batch this kind of model.
+        """
         self._loop = asyncio.get_running_loop()
         self._live: dict[str, Generation] = {}
         self._names = itertools.count(1)
         self._prompt_tokens = 0
         self._cached_tokens = 0
-        self._manager = _Manager(
-            model=cast(ProtoPretrainedModel, model),
-            generation_config=GenerationConfig(do_sample=False),  # type: ignore[no-untyped-call]
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=limits.page,
-                num_blocks=math.ceil(limits.context / limits.page),
-                max_batch_tokens=limits.batch,
-                max_requests_per_batch=limits.slots,
-                use_async_batching=False,
-                use_cuda_graph=False,
-                auto_switch_to_flash=False,
-            ),
-        )
+        self._manager = _manager(model, limits)
         self._manager.live = self._live
         self._manager.on_failure = lambda: self._loop.call_soon_threadsafe(on_failure)
         self._manager.output_router = _Router(self._loop, self._deliver)
@@ -262,6 +254,27 @@ class _Manager(ContinuousBatchingManager):
     ) -> None:
         super()._handle_critical_error(error, batch_processor)
         self.on_failure()
+
+
+def _manager(model: PreTrainedModel, limits: BatchLimits) -> _Manager:
+    if getattr(model, "_is_stateful", False):  # the library would find out at the first request
+        raise LoadFailed(f"transformers cannot batch {type(model).__name__}: it keeps a state")
+    try:
+        return _Manager(
+            model=cast(ProtoPretrainedModel, model),
+            generation_config=GenerationConfig(do_sample=False),  # type: ignore[no-untyped-call]
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=limits.page,
+                num_blocks=math.ceil(limits.context / limits.page),
+                max_batch_tokens=limits.batch,
+                max_requests_per_batch=limits.slots,
+                use_async_batching=False,
+                use_cuda_graph=False,
+                auto_switch_to_flash=False,
+            ),
+        )
+    except (ValueError, AttributeError) as error:
+        raise LoadFailed(f"transformers cannot batch {type(model).__name__}: {error}") from error
 
 
 class _Runner(ModelRunner):

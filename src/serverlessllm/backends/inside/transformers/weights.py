@@ -116,7 +116,6 @@ def _load(
             None,
             config=config,
             state_dict=views,
-            attn_implementation="sdpa",
             device_map=None if device == "cpu" else {"": device},
             output_loading_info=True,
         )
