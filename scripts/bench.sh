@@ -4,13 +4,15 @@
 #   scripts/bench.sh [NAME…]    only these, such as: edge cold_start
 #
 # The edge's benchmark measures nginx in the same run and drives load with wrk, on a mock server
-# in C: three things that only a distribution has. As root they are installed by apt-get.
+# in C; the loader's measures fio: things that only a distribution has. As root they are installed
+# by apt-get. The loader's peers come from the package index, each into its own .venvs/NAME.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 missing=()
 command -v nginx >/dev/null 2>&1 || [[ -x /usr/sbin/nginx ]] || missing+=(nginx-light)
 command -v wrk >/dev/null 2>&1 || missing+=(wrk)
+command -v fio >/dev/null 2>&1 || missing+=(fio)
 command -v cc >/dev/null 2>&1 || missing+=(gcc libc6-dev)
 if ((${#missing[@]})); then
     if [[ $(id -u) -eq 0 ]] && command -v apt-get >/dev/null 2>&1; then
@@ -25,7 +27,8 @@ fi
 
 mkdir -p bench/results
 names=("$@")
-((${#names[@]})) || names=(cold_start warm_request load_tiers convert edge)
+((${#names[@]})) || names=(cold_start warm_request load convert edge)
+[[ " ${names[*]} " != *" load "* ]] || scripts/peers.sh
 for name in "${names[@]}"; do
     echo "== $name"
     .venv/bin/python -m "bench.$name" | tee "bench/results/$name.txt"

@@ -157,7 +157,10 @@ def _print(report: Report) -> None:
             _row("the load", report.seconds, report.seconds),
         ),
     )
-    print(f"\ncpu: {report.cpu_s_per_gib:.2f} s per GiB")
+    print()
+    if report.copied_bytes is None:
+        print(f"verification: {report.verify_share:.1%} of a load, from passes with and without it")
+    print(f"cpu: {report.cpu_s_per_gib:.2f} s per GiB")
     if report.copied_bytes is not None:
         print(f"copied in the other process: {report.copied_bytes} bytes")
     elif report.cached_share is not None:

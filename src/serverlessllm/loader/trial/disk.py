@@ -25,8 +25,6 @@ from serverlessllm.loader.trial.report import Cost, Report, Tell, cost_of, ladde
 
 Work = Callable[[], Awaitable[None]]
 
-_VERIFY = "verify"
-
 
 async def try_disk(
     loader: Loader,
@@ -71,11 +69,11 @@ async def try_disk(
             (
                 ("read", passes.read),
                 ("copy into DRAM", passes.copied),
-                (_VERIFY, passes.verified),
+                ("verify", passes.verified),
                 ("hold, commit, clean up", [load.seconds for load in loads]),
             )
         ),
-        verify=_VERIFY,
+        verify_s=passes.verify_s(),
         cached_share=most(cached),
     )
 
@@ -133,6 +131,11 @@ class _Passes:
         """The quicker of both ways to read, and its seconds."""
         ways = ((self._best, median(self.best_read)), (self._own, median(self.read)))
         return min(ways, key=lambda way: way[1])
+
+    def verify_s(self) -> float:
+        """What the digests add: with and without, pair by pair."""
+        pairs = zip(self.verified, self.copied, strict=True)
+        return max(0.0, median(verified - copied for verified, copied in pairs))
 
     async def _best_read(self) -> None:
         self.best_read.append(await read_through(self._path, self._index.size_bytes, self._best))

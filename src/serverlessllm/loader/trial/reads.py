@@ -13,6 +13,7 @@ from time import perf_counter
 import msgspec
 
 from serverlessllm.core.units import MIB, format_size
+from serverlessllm.loader.budget import whole_pages
 from serverlessllm.loader.plan import ChunkRange
 from serverlessllm.loader.tiers.nvme import DirectFile
 from serverlessllm.loader.workers import Threads, for_each
@@ -66,7 +67,8 @@ async def read_through(path: Path, size_bytes: int, reading: Reading) -> float:
         OSError: the disk failed.
     """
     with contextlib.closing(DirectFile(path, os.O_RDONLY)) as file:
-        idle = [_filled_memory(reading.block_bytes) for _ in range(reading.threads)]
+        block_bytes = min(reading.block_bytes, whole_pages(size_bytes))
+        idle = [_filled_memory(block_bytes) for _ in range(reading.threads)]
 
         def read(part: ChunkRange) -> None:
             memory = idle.pop()

@@ -42,7 +42,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """`bytes_s` ÷ `limit_bytes_s`."""
     stages: tuple[Stage, ...]
     verify_share: float
-    """Part of the load that its digests cost, in time: 0..1. 0 where nothing is verified."""
+    """What the digests add to the time of a load, as part of it: 0..1. From passes with and
+    without them, side by side; 0 where nothing is verified."""
     cpu_s_per_gib: float
     """CPU seconds of this process, user and system, per GiB."""
     cached_share: float | None
@@ -77,11 +78,11 @@ def make_report(
     limit: str,
     limit_bytes_s: float,
     stages: tuple[Stage, ...],
-    verify: str | None = None,
+    verify_s: float = 0.0,
     cached_share: float | None = None,
     copied_bytes: int | None = None,
 ) -> Report:
-    """The report of these loads; `verify` names the stage that is the digests'."""
+    """The report of these loads. `verify_s`: what the digests add to one."""
     size = ref.size_bytes
     seconds = median(load.seconds for load in loads)
     return Report(
@@ -95,7 +96,7 @@ def make_report(
         limit_bytes_s=limit_bytes_s,
         share=size / seconds / limit_bytes_s,
         stages=stages,
-        verify_share=sum(stage.seconds for stage in stages if stage.name == verify) / seconds,
+        verify_share=verify_s / seconds,
         cpu_s_per_gib=median(load.cpu_s for load in loads) * GIB / size,
         cached_share=cached_share,
         copied_bytes=copied_bytes,
@@ -103,12 +104,14 @@ def make_report(
 
 
 def ladder(steps: Sequence[tuple[str, Sequence[float]]]) -> tuple[Stage, ...]:
-    """Stages from the seconds of rounds that did one thing more each time: each step is worth
-    what its median adds to the one before, and nothing where noise is larger than the step."""
+    """Stages from the seconds of rounds that did one thing more each time, the whole load last:
+    each step is worth what its median adds to the one before, and nothing where noise is larger
+    than the step."""
     stages = []
     reached = 0.0
+    whole = median(steps[-1][1])
     for name, samples in steps:
-        total = max(reached, median(samples))
+        total = min(whole, max(reached, median(samples)))
         stages.append(Stage(name=name, seconds=total - reached))
         reached = total
     return tuple(stages)
