@@ -175,11 +175,18 @@ def _sample(target: Target, place: Place) -> Sample:
     try:
         done = peer(target.peer, *target.arguments)
     except FileNotFoundError:
-        return Sample(error=f"not installed: see .venvs/{target.peer}.log")
+        return Sample(error=_why_missing(target.peer))
     try:
         return msgspec.json.decode((done.stdout.splitlines() or [""])[-1], type=Sample)
     except msgspec.DecodeError:
         return Sample(error=(done.stderr.strip().splitlines() or ["it printed nothing"])[-1])
+
+
+def _why_missing(name: str) -> str:
+    """What scripts/peers.sh was told when it tried to install a peer."""
+    log = ROOT / ".venvs" / f"{name}.log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return f"not installed: {lines[-1] if lines else 'run scripts/peers.sh'}"
 
 
 def _set_cache(target: Target) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xml.etree import ElementTree
+import xml.etree.ElementTree as ET
 
 import msgspec
 import pytest
@@ -87,7 +87,7 @@ def test_the_table_and_the_bounds(capsys):
 
 
 def test_the_plot_is_a_picture_of_the_cold_rows():
-    root = ElementTree.fromstring(plot(results(WARM, THEIRS, FAILED, OURS)))
+    root = ET.fromstring(plot(results(WARM, THEIRS, FAILED, OURS)))
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "safetensors" in texts
     assert "safetensors, warm" not in texts
