@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,9 +23,15 @@ from tests.integration.checkpoint.hf_models import (
 )
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
+from serverlessllm.backends.inside.quantize.__main__ import main
 from serverlessllm.backends.inside.quantize.evaluate import check_possible
 from serverlessllm.backends.inside.quantize.folder import write_folder
-from serverlessllm.backends.inside.quantize.messages import Report
+from serverlessllm.backends.inside.quantize.messages import (
+    Failed,
+    Message,
+    QuantizeRequest,
+    Report,
+)
 from serverlessllm.backends.inside.quantize.source import Source, choose, skeleton
 from serverlessllm.backends.inside.transformers.mapping import Mapping
 from serverlessllm.backends.inside.transformers.weights import Weights
@@ -305,6 +313,20 @@ def test_rows_that_do_not_divide_are_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match=r"down_proj\.weight.*--group-size 16 would"):
         quantize(source, tmp_path / "folder", "int4")
     assert quantize(source, tmp_path / "other", "int4", 16).quantized
+
+
+def test_the_process_says_why_it_refuses(sources, tmp_path, monkeypatch, capfd):
+    request = QuantizeRequest(
+        source=str(sources["llama"]), work=str(tmp_path), scheme=scheme("int4", 256)
+    )
+    monkeypatch.setattr(sys, "argv", ["", msgspec.json.encode(request).decode()])
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main()
+    told = msgspec.json.decode(capfd.readouterr().out, type=Message)
+    assert isinstance(told, Failed)
+    assert "q_proj.weight' has rows of 64 weights, which do not divide" in told.message
+    assert "--group-size 16 or 32 or 64 would" in told.message
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_evaluation_needs_a_tokenizer_and_memory(sources, tmp_path, monkeypatch):

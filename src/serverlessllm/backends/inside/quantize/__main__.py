@@ -24,21 +24,24 @@ def main() -> None:
 
     Descriptor 1 is kept for the messages alone: what a library prints goes to stderr.
     """
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)
-    request = msgspec.json.decode(sys.argv[1], type=QuantizeRequest)
+    with os.fdopen(os.dup(1), "wb", buffering=0) as answers:
+        os.dup2(2, 1)
 
-    def say(message: Message) -> None:
-        answers.write(msgspec.json.encode(message) + b"\n")
+        def say(message: Message) -> None:
+            answers.write(msgspec.json.encode(message) + b"\n")
 
+        last = _answer(msgspec.json.decode(sys.argv[1], type=QuantizeRequest), say)
+        say(last)
+    sys.exit(1 if isinstance(last, Failed) else 0)
+
+
+def _answer(request: QuantizeRequest, say: Callable[[Message], None]) -> Report | Failed:
     try:
-        say(_run(request, say))
+        return _run(request, say)
     except SLLMError as error:
-        say(Failed(message=error.message))
-        sys.exit(1)
+        return Failed(message=error.message)
     except OSError as error:
-        say(Failed(message=f"{error.filename or request.work}: {error.strerror}"))
-        sys.exit(1)
+        return Failed(message=f"{error.filename or request.work}: {error.strerror}")
 
 
 def _run(request: QuantizeRequest, say: Callable[[Message], None]) -> Report:
