@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from serverlessllm.agent.reconcile import Ask
 from serverlessllm.backends.base import Backend, LaunchPlan
 from serverlessllm.core.agentapi import HopTiming, LoadEvent
@@ -106,6 +108,8 @@ class Instance:
         """What it waited for its turn."""
         self.moved: tuple[HopTiming, ...] = ()
         """What moved for it; while its bytes still move, what has moved so far."""
+        self.moving: LoadEvent | None = None
+        """How far its bytes are, while they move."""
         self.arriving = False
         """Whether its process runs, but waits for bytes that still move."""
         self.load_failed = False
@@ -160,8 +164,13 @@ class Instance:
         if not is_final(to):
             INSTANCES.inc(self.model, to)
         if self.pending:
-            self.tell(LoadEvent(state=to))
+            self.tell(self._at(to))
         self._on_change()
+
+    def progressed(self, moving: LoadEvent) -> None:
+        """Its bytes are so far."""
+        self.moving = moving
+        self.tell(self._at(self.state))
 
     def tell(self, event: LoadEvent) -> None:
         """Tell everybody who waits how far it is."""
@@ -174,21 +183,32 @@ class Instance:
         self.ready_s = self.activity.moved_s = now_s
         self.start_s = now_s - started_s
         self.advance(InstanceState.READY)
+        if self.moving is not None:
+            self.event = self._at(self.state)
         if not self.outcome.done():
-            self.outcome.set_result(self._ready_event())
+            self.outcome.set_result(self.ready_event())
 
-    def became_whole(self, moved: tuple[HopTiming, ...]) -> None:
+    def became_whole(self, moved: tuple[HopTiming, ...], now_s: float) -> None:
         """All its bytes are in DRAM, and held there on its behalf."""
         self.moved = moved
+        self.moving = None
         self.holds_checkpoint = True
         self.arriving = False
         if self.state is InstanceState.READY:
-            self.whole.set_result(self._ready_event())
+            self.touch(now_s)  # who was told to come back has its whole idle time for it
+            self.whole.set_result(self.ready_event())
         self._on_change()
 
-    def _ready_event(self) -> LoadEvent:
-        """With where the time went: what moved and the start overlap where an engine starts
-        before its bytes are there."""
+    def _at(self, state: InstanceState) -> LoadEvent:
+        """On its way, or ready while its bytes still move: for who waits, that is loading."""
+        if self.moving is None:
+            return LoadEvent(state=state)
+        state = state if self.pending else InstanceState.LOADING
+        return msgspec.structs.replace(self.moving, state=state)
+
+    def ready_event(self) -> LoadEvent:
+        """`ready`, with where the time went: what moved and the start overlap where an engine
+        starts before its bytes are there."""
         assert self.start_s is not None
         hops = (
             HopTiming(hop="queue", seconds=self.queue_s),

@@ -152,6 +152,8 @@ class Instances:
             instance.keep_alive_s = request.keep_alive_s
         if instance.state is InstanceState.READY:
             instance.touch(self._clock.now_s())
+            if instance.arriving:
+                return instance.ready_event()
             return LoadEvent(state="ready", instance=instance.id)
         follow(instance.event)
         instance.followers.add(follow)
@@ -165,16 +167,21 @@ class Instances:
             raise LoadFailed(f"the load of {request.spec.model} was stopped", retry_after_s=1.0)
         return instance.outcome.result()
 
-    async def until_whole(self, ready: LoadEvent) -> LoadEvent:
+    async def until_whole(self, ready: LoadEvent, follow: Callable[[LoadEvent], None]) -> LoadEvent:
         """The `ready` event with the whole breakdown, once all bytes are there for the instance
-        that `ready` told of.
+        that `ready` told of. `follow` is told how far they are.
 
         Raises:
             SLLMError: why they will not be.
         """
         instance = None if ready.instance is None else self._instances.get(ready.instance)
         if instance is not None:
-            await asyncio.wait({instance.whole})
+            follow(instance.event)
+            instance.followers.add(follow)
+            try:
+                await asyncio.wait({instance.whole})
+            finally:
+                instance.followers.discard(follow)
             if not instance.whole.cancelled():
                 return instance.whole.result()
         raise LoadFailed("the load was stopped", retry_after_s=1.0)

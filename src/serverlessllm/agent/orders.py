@@ -79,7 +79,7 @@ class Orders:
             if not ready.arriving:
                 return ready
             follow(ready)
-            return await self._instances.until_whole(ready)
+            return await self._instances.until_whole(ready, follow)
         return await self._prefetch(order, follow)
 
     async def _prefetch(self, order: LoadRequest, follow: Callable[[LoadEvent], None]) -> LoadEvent:
@@ -112,10 +112,9 @@ class Orders:
             await first(work, feed.fresh.wait(), self._clock.sleep(settings.event_silence_s_max))
             if work.done():
                 break
-            feed.fresh.clear()
-            if feed.event is not None:
-                await self._write(request, feed.event)
-                await first(work, feed.ready.wait(), self._clock.sleep(settings.event_interval_s))
+            for event in feed.take():
+                await self._write(request, event)
+            await first(work, feed.hurry.wait(), self._clock.sleep(settings.event_interval_s))
         if work.cancelled():
             raise asyncio.CancelledError
         error = work.exception()
@@ -134,15 +133,27 @@ class Orders:
 
 
 class _Feed:
-    """The latest event of a load; older ones that nobody has read are worth nothing."""
+    """The latest event of a load, after a `ready` that is still to be told; older ones that nobody
+    has read are worth nothing."""
 
     def __init__(self) -> None:
-        self.event: LoadEvent | None = None
         self.fresh = asyncio.Event()
-        self.ready = asyncio.Event()
+        self.hurry = asyncio.Event()
+        """There is a `ready`, which waits for no interval."""
+        self._ready: LoadEvent | None = None
+        self._event: LoadEvent | None = None
 
     def put(self, event: LoadEvent) -> None:
-        self.event = event
-        self.fresh.set()
         if event.state == InstanceState.READY:
-            self.ready.set()
+            self._ready = event
+            self.hurry.set()
+        else:
+            self._event = event
+        self.fresh.set()
+
+    def take(self) -> tuple[LoadEvent, ...]:
+        """What is to be told now."""
+        self.fresh.clear()
+        self.hurry.clear()
+        ready, self._ready = self._ready, None
+        return tuple(event for event in (ready, self._event) if event is not None)

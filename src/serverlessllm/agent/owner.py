@@ -244,7 +244,7 @@ class Owner:
             ready_s=instance.ready_s,
             idle_s=instance.idle_s,
             keep_alive_s=instance.keep_alive_s,
-            kept=kept,
+            kept=kept or instance.arriving,
         )
 
     def _act(self, instance: Instance, action: Admit | Stop | Refuse) -> None:

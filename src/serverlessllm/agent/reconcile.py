@@ -57,7 +57,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: float = 0.0
     """-1: never expires."""
     kept: bool = False
-    """The operator wants it: neither expires nor is evicted."""
+    """Neither expires nor is evicted: the operator wants it, or its bytes still move."""
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):

@@ -43,6 +43,7 @@ def models_here(instances: Instances, catalog: Catalog) -> tuple[ModelOnAgent, .
                 checkpoint=checkpoint,
                 cache_level=CacheLevel.DEVICE if ready else level,
                 state=_state(here),
+                arriving=bool(ready) and all(instance.arriving for instance in ready),
                 kv_hit_rate=_mean([instance.kv_hit_rate for instance in ready]),
                 queue_len=held,
                 slots=max(1, sum(instance.slots for instance in ready)),

@@ -82,7 +82,7 @@ class Weights:
                 instance.process.kill()
             raise
         instance.queue_s = asked_s - instance.queued_s + waited_s
-        instance.became_whole(self._resident.hops)
+        instance.became_whole(self._resident.hops, self._clock.now_s())
         if self._pipe is not None:
             self._pipe.finish()
         self._close_file()
@@ -150,16 +150,15 @@ class Weights:
                     hop=progress.hop, bytes_moved=progress.bytes_done, seconds=progress.elapsed_s
                 ),
             )
-        if instance.pending:
-            instance.tell(
-                LoadEvent(
-                    state=instance.state,
-                    stage=progress.hop,
-                    bytes_done=progress.bytes_done,
-                    bytes_total=progress.bytes_total,
-                    eta_s=progress.eta_s,
-                )
+        instance.progressed(
+            LoadEvent(
+                state=instance.state,
+                stage=progress.hop,
+                bytes_done=progress.bytes_done,
+                bytes_total=progress.bytes_total,
+                eta_s=progress.eta_s,
             )
+        )
 
     def _close_file(self) -> None:
         if self._file >= 0:

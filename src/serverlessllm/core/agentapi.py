@@ -73,7 +73,7 @@ class LoadEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     hops: tuple[HopTiming, ...] = ()
     """On `ready`: the whole breakdown."""
     arriving: bool = False
-    """On `ready`: its bytes still move, and `hops` say how far they are; one more `ready` follows
-    when they are there, or `failed`."""
+    """On `ready`: its bytes still move, and `hops` say how far they are; `loading` follows as they
+    come, and one more `ready` when they are there, or `failed`."""
     error: JobError | None = None
     """On `failed`."""

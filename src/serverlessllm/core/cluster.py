@@ -34,6 +34,8 @@ class ModelOnAgent(msgspec.Struct, frozen=True, kw_only=True):
     """DEVICE only while an instance is ready."""
     state: InstanceState | None = None
     """Of its instance; None when there is none."""
+    arriving: bool = False
+    """It is ready, but bytes of it still move: requests wait inside it for what they need."""
     kv_hit_rate: float = 0.0
     """Share of prompt tokens that the backend found in its KV cache, 0..1."""
     queue_len: int = 0

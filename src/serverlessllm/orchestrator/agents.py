@@ -41,8 +41,9 @@ class AgentClient:
     async def load(
         self, address: Address, request: LoadRequest, publish: Callable[[LoadEvent], None]
     ) -> LoadEvent:
-        """The last `ready` event; each one before it is published, among them those of an instance
-        whose bytes still move (`arriving`). Cancelling hangs up.
+        """The last `ready` event; each one before it is published. Of an instance that is ready
+        while its bytes still move these are `ready` (`arriving`), then how far they are.
+        Cancelling hangs up.
 
         Raises:
             AgentGone: it cannot be reached, hung up, or is silent for too long.

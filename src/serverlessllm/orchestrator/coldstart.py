@@ -114,19 +114,35 @@ class Waiter:
         """The latest."""
         return self._loading.progress
 
+    @property
+    def done(self) -> asyncio.Future[Loaded]:
+        """The load's outcome, not to be cancelled; an error is the same for every waiter."""
+        return self._loading.done
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the load goes on: there is no instance, or its bytes are not all there."""
+        done, task = self._loading.done, self._loading.task
+        return not done.done() or (task is not None and not task.done())
+
+    def loaded(self) -> Loaded:
+        """What `done` came to.
+
+        Raises:
+            SLLMError: why the load failed; the same for every waiter.
+        """
+        error = self._loading.done.exception()
+        if error is not None:
+            raise error.with_traceback(None)
+        return self._loading.done.result()
+
     async def ready(self, timeout_s: float) -> Loaded | None:
         """The load's outcome, or None when it has none after `timeout_s`.
 
         Raises:
             SLLMError: why the load failed; the same for every waiter.
         """
-        done = self._loading.done
-        if not await settled(self._clock, done, timeout_s):
-            return None
-        error = done.exception()
-        if error is not None:
-            raise error.with_traceback(None)
-        return done.result()
+        return self.loaded() if await settled(self._clock, self.done, timeout_s) else None
 
     async def progressed(self, timeout_s: float) -> LoadEvent:
         """The next progress, or the same one again after `timeout_s` or at the end."""
@@ -152,6 +168,8 @@ class WaitingRoom:
         self._settings = settings
         self._clock = clock
         self._loadings: dict[ModelId, _Loading] = {}
+        self._arriving: dict[ModelId, _Loading] = {}
+        """Loads whose instance takes requests although its bytes still move."""
         self._failures: dict[tuple[ModelId, bool], _Failure] = {}
         """By model and `elsewhere`: no room for a second replica says nothing of the first."""
         self._last_loads: dict[ModelId, Loaded] = {}
@@ -167,17 +185,18 @@ class WaitingRoom:
     @property
     def loading(self) -> int:
         """Loads under way."""
-        return len(self._loadings)
+        return len(self._loadings) + len(self._arriving)
 
     @contextmanager
     def enter(self, model: ModelId, *, elsewhere: bool = False) -> Iterator[Waiter]:
-        """Wait for `model`, starting its load if there is none; leaving is always safe.
+        """Wait for `model`, starting its load if there is none; leaving is always safe. A load
+        whose instance is ready before its bytes is entered too: nobody waits, but may look on.
 
         Raises:
             TooManyRequests: the room is full.
             SLLMError: a load failed moments ago.
         """
-        loading = self._loadings.get(model)
+        loading = self._under_way(model, elsewhere)
         waiting = 0 if loading is None else loading.waiters
         if waiting >= self._settings.waiters_per_model_max or (
             self._waiting >= self._settings.waiters_max
@@ -200,7 +219,7 @@ class WaitingRoom:
     def hold(self, model: ModelId, *, elsewhere: bool = False) -> bool:
         """Have `model` loaded without waiting for it; whether a load is under way now."""
         try:
-            loading = self._loadings.get(model) or self._start(model, elsewhere)
+            loading = self._under_way(model, elsewhere) or self._start(model, elsewhere)
         except SLLMError:
             return False
         loading.held = True
@@ -213,6 +232,12 @@ class WaitingRoom:
             loading.held = False
             self._drop_if_unwanted(model, loading)
 
+    def not_ready(self, model: ModelId, agent: AgentId) -> None:
+        """A request found that the instance whose bytes still moved is gone."""
+        loading = self._arriving.get(model)
+        if loading is not None and loading.done.result().agent == agent:
+            del self._arriving[model]
+
     def last_load(self, model: ModelId) -> Loaded | None:
         """The latest load that ended well."""
         return self._last_loads.get(model)
@@ -223,9 +248,10 @@ class WaitingRoom:
 
     def stop(self, model: ModelId) -> None:
         """End the load of a model that is being deleted; its waiters get the cancellation."""
-        loading = self._loadings.get(model)
-        if loading is not None and loading.task is not None:
-            loading.task.cancel()
+        for loads in (self._loadings, self._arriving):
+            loading = loads.get(model)
+            if loading is not None and loading.task is not None:
+                loading.task.cancel()
 
     def forget(self, model: ModelId) -> None:
         """An operator changed something: what happened before says nothing any more."""
@@ -241,9 +267,16 @@ class WaitingRoom:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _under_way(self, model: ModelId, elsewhere: bool) -> _Loading | None:
+        """The load that serves, if there is one."""
+        arriving = self._arriving.get(model)
+        if arriving is not None and elsewhere and not arriving.elsewhere:
+            arriving = None
+        return self._loadings.get(model) or arriving
+
     def _start(self, model: ModelId, elsewhere: bool) -> _Loading:
         self._raise_recent_failure(model, elsewhere)
-        if self._closed or len(self._loadings) >= self._settings.loads_max:
+        if self._closed or self.loading >= self._settings.loads_max:
             raise TooManyRequests(
                 "too many models are loading at once; try again shortly", retry_after_s=1.0
             )
@@ -284,7 +317,7 @@ class WaitingRoom:
             loading.done.set_result(loaded)
             loading.publish(LoadEvent(state="ready", hops=loaded.hops))
             if self._loadings.get(model) is loading:
-                del self._loadings[model]
+                self._arriving[model] = self._loadings.pop(model)
 
     def _fail(self, model: ModelId, loading: _Loading, error: SLLMError) -> None:
         self._remember((model, loading.elsewhere), error)
@@ -293,8 +326,9 @@ class WaitingRoom:
     def _ended(self, model: ModelId, loading: _Loading, task: asyncio.Task[None]) -> None:
         """However the owner ended, even before its first step: nobody may wait for ever."""
         self._tasks.discard(task)
-        if self._loadings.get(model) is loading:
-            del self._loadings[model]
+        for loads in (self._loadings, self._arriving):
+            if loads.get(model) is loading:
+                del loads[model]
         loading.fail(Unavailable(f"the load of {model} was cancelled", retry_after_s=1.0))
 
     def _drop_if_unwanted(self, model: ModelId, loading: _Loading) -> None:

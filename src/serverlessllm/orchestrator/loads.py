@@ -153,8 +153,8 @@ class Loads:
     ) -> Loaded:
         """`so_far`, and what the load on this agent took.
 
-        What befalls it after its first `ready` event is not told: nobody waits any more, and
-        whoever asks the instance will see.
+        What befalls it after its first `ready` event is not told: whoever asks the instance
+        will see. Others are sent there once its bytes are there too.
         """
         chosen_s = self._clock.now_s()
         ready: Loaded | None = None
@@ -164,8 +164,7 @@ class Loads:
             if event.state != "ready":
                 publish(event)
             elif ready is None:
-                ready = self._became_ready(placed, record, so_far, chosen_s)
-                ready = msgspec.structs.replace(ready, hops=event.hops)
+                ready = self._ready(placed, so_far, chosen_s, event)
                 became_ready(ready)
 
         request = LoadRequest(spec=record.spec, checkpoint=record.checkpoint)
@@ -175,18 +174,16 @@ class Loads:
             if ready is None:
                 raise
             return ready
+        self._view.became_ready(placed.agent, record.spec.model)
         if ready is None:
-            ready = self._became_ready(placed, record, so_far, chosen_s)
+            return self._ready(placed, so_far, chosen_s, event)
         return msgspec.structs.replace(ready, hops=event.hops)
 
-    def _became_ready(
-        self, placed: Placed, record: ModelRecord, so_far: Loaded, chosen_s: float
-    ) -> Loaded:
-        self._view.became_ready(placed.agent, record.spec.model)
+    def _ready(self, placed: Placed, so_far: Loaded, chosen_s: float, event: LoadEvent) -> Loaded:
         load_s = self._clock.now_s() - chosen_s
         SCHEDULE_DECISIONS.inc(placed.cache_level.tier)
         note_schedule_error(placed.predicted_s, load_s)
-        return msgspec.structs.replace(so_far, load_s=load_s)
+        return msgspec.structs.replace(so_far, load_s=load_s, hops=event.hops)
 
     async def checkpointed(
         self, model: ModelId, publish: Callable[[LoadEvent], None]

@@ -134,7 +134,7 @@ class ClusterView:
             self._touch()
 
     def became_ready(self, agent: AgentId, model: ModelId) -> None:
-        """Its load ended well: the heartbeat that says so is still under way."""
+        """Its load ended well, to the last byte: the heartbeat that says so is still under way."""
         self._note(agent, model, CacheLevel.DEVICE, InstanceState.READY)
 
     def lost(self, agent: AgentId, model: ModelId) -> None:
@@ -148,9 +148,11 @@ class ClusterView:
         if seen is None:
             return
         known = seen.models.get(model, ModelOnAgent(model=model))
-        if known.cache_level is level and known.state is state:
+        if known.cache_level is level and known.state is state and not known.arriving:
             return
-        seen.models[model] = msgspec.structs.replace(known, cache_level=level, state=state)
+        seen.models[model] = msgspec.structs.replace(
+            known, cache_level=level, state=state, arriving=False
+        )
         models = tuple(seen.models.values())
         seen.record = msgspec.structs.replace(seen.record, models=models)
         self._touch()
@@ -172,8 +174,8 @@ class ClusterView:
 
 
 def is_ready(on: ModelOnAgent) -> bool:
-    """Whether requests can be sent there now."""
-    return on.state is InstanceState.READY
+    """Whether requests can be sent there now and wait for no bytes."""
+    return on.state is InstanceState.READY and not on.arriving
 
 
 def ready_agents(view: ClusterView, model: ModelId) -> frozenset[AgentId]:

@@ -209,8 +209,7 @@ async def test_the_breakdown_is_complete_in_the_end(bench: Bench) -> None:
     bench.store.let(2 * CHUNK_BYTES)
     async with bench.agent() as agent:
         load = await bench.ready(agent)
-        early = bench.events[-1]
-        assert early.arriving
+        (early,) = [event for event in bench.events if event.arriving]
         assert [hop.hop for hop in early.hops] == ["queue", "store→dram", "start"]
         assert early.hops[1].bytes_moved <= 2 * CHUNK_BYTES
         bench.store.let()
@@ -241,6 +240,70 @@ async def test_progress_is_told_while_it_starts(bench: Bench) -> None:
         )
         bench.store.let()
         await load
+
+
+async def test_progress_is_told_after_it_is_ready(bench: Bench) -> None:
+    bench.store.let(CHUNK_BYTES)
+    async with bench.agent(event_interval_s=0.0) as agent:
+        load = await bench.ready(agent)
+
+        def told_of(chunks: int) -> list[LoadEvent]:
+            ready = next(at for at, event in enumerate(bench.events) if event.arriving)
+            later = bench.events[ready + 1 :]
+            return [event for event in later if event.bytes_done == chunks * CHUNK_BYTES]
+
+        await eventually(lambda: told_of(1))
+        bench.store.let(3 * CHUNK_BYTES)
+        await eventually(lambda: told_of(3))
+        event = told_of(3)[0]
+        assert (event.state, event.stage) == ("loading", "store→dram")
+        assert event.bytes_total == bench.ref.size_bytes
+        bench.store.let()
+        assert not (await load).arriving
+
+
+async def test_who_asks_later_hears_of_the_bytes_too(bench: Bench) -> None:
+    """Another orchestrator, or the same one after a restart."""
+    bench.store.let(CHUNK_BYTES)
+    async with bench.agent() as agent:
+        await bench.ready(agent)
+
+        async def reported() -> bool:
+            record = await agent.model(MODEL)
+            return record is not None and record.arriving
+
+        await eventually(reported)
+        late: list[LoadEvent] = []
+        load = asyncio.ensure_future(agent.load(spec(), bench.ref, late.append))
+        await eventually(lambda: [event for event in late if event.bytes_total])
+        assert late[0].arriving
+        bench.store.let()
+        assert not (await load).arriving
+        assert len(agent.agent._instances.all()) == 1
+        await eventually(lambda: _is_whole(agent))
+
+
+async def _is_whole(agent: AgentClient) -> bool:
+    record = await agent.model(MODEL)
+    return record is not None and not record.arriving
+
+
+async def test_nobody_need_wait_for_its_bytes_to_keep_it(bench: Bench) -> None:
+    """A client whose budget is over comes back: its idle time begins when the bytes are there."""
+    bench.store.let(CHUNK_BYTES)
+    clock = VirtualClock()
+    async with bench.agent(clock=clock, first_use_s=10.0) as agent:
+        await bench.ready(agent)
+        only = instance(agent)
+        only.keep_alive_s = 1.0
+        await clock.advance(60.0)
+        assert only.usable
+        bench.store.let()
+        await eventually(lambda: not only.arriving)
+        await clock.advance(9.0)
+        assert only.usable
+        await clock.advance(2.0)
+        await eventually(lambda: not agent.agent._instances.all())
 
 
 async def test_a_second_instance_joins_what_arrives(bench: Bench) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 
+import pytest
 from crc32c import crc32c
 
 from serverlessllm.core.clock import SystemClock
+from serverlessllm.core.errors import StoreUnavailable
 from serverlessllm.core.ids import Address, ModelId
 from serverlessllm.core.models import ModelRecord, ModelSpec
 from serverlessllm.edge.settings import UpstreamSettings
 from serverlessllm.edge.upstream import Upstreams
-from serverlessllm.testing.cluster import running
+from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.testing.cluster import ClusterSettings, running
 from serverlessllm.testing.stores import CHUNK_BYTES, GatedStore, publish_random
 from serverlessllm.testing.waiting import eventually
 
@@ -21,13 +25,15 @@ SPEC = ModelSpec(
     model=ModelId("layers"), backend="fake", options={"layered": "true", "tokens": str(CHUNKS)}
 )
 ASK = json.dumps({"model": "layers", "stream": True, "prompt": "hello"}).encode()
+ASK_WHOLE = json.dumps({"model": "layers", "prompt": "hello"}).encode()
 JSON = [("content-type", "application/json")]
 
 
 @contextlib.asynccontextmanager
-async def cluster_of(store_gives_bytes):
+async def cluster_of(store_gives_bytes, **settings):
     """A cluster with one agent, its store, and what each chunk of its model says."""
-    async with running(agents=0) as cluster:
+    front = OrchestratorSettings(comment_interval_s=0.02, stream_grace_s=0.0, **settings)
+    async with running(agents=0, settings=ClusterSettings(orchestrator=front)) as cluster:
         store = cluster.store = GatedStore(cluster.directory / "store")
         ref, chunks = await publish_random(store, cluster.directory, "layers", chunks=CHUNKS)
         await cluster.add_agent("a")
@@ -48,9 +54,13 @@ async def cluster_of(store_gives_bytes):
             await client.close()
 
 
-async def texts(response):
+async def texts(response, comments=None, errors=None):
     async for line in response.lines():
-        if line.startswith(b"data: {"):
+        if comments is not None and line.startswith(b": "):
+            comments.append(json.loads(line[2:]))
+        if line.startswith(b'data: {"error"'):
+            errors.append(json.loads(line[6:])["error"])
+        elif line.startswith(b"data: {"):
             choice = json.loads(line[6:])["choices"][0]
             if choice["text"]:
                 yield choice["text"]
@@ -82,3 +92,130 @@ async def test_its_first_token_comes_before_its_last_byte():
 
         await eventually(complete, within_s=20.0)
         assert early_bytes < size_bytes
+
+
+class Reading:
+    """A stream that is read as it comes."""
+
+    def __init__(self, client, address):
+        self.comments = []
+        self.texts = []
+        self.errors = []
+        self.done = asyncio.ensure_future(self._run(client, address))
+
+    async def _run(self, client, address):
+        async with client.send(address, "POST", "/v1/completions", JSON, ASK) as response:
+            self.status = response.status
+            async for text in texts(response, self.comments, self.errors):
+                self.texts.append(text)
+
+
+async def until_ready_early(cluster):
+    """Return once the engine is ready and waits for bytes."""
+
+    def ready():
+        return [i for i in cluster.agents["a"]._instances.all() if i.usable and i.arriving]
+
+    await eventually(ready, within_s=20.0)
+
+
+async def test_who_streams_hears_of_the_bytes_until_its_first_token():
+    async with cluster_of(0) as (cluster, store, client, said):
+        address = Address(cluster.url)
+        first = Reading(client, address)
+        await until_ready_early(cluster)
+        second = Reading(client, address)  # it never saw the engine start
+        for each in (first, second):
+            await eventually(lambda each=each: told(each, 0), within_s=20.0)
+        store.let(CHUNK_BYTES - 1)  # nothing more
+        for each in (first, second):
+            count = len(each.comments)
+            await eventually(lambda e=each, n=count: len(e.comments) > n + 2, within_s=20.0)
+            assert each.texts == []
+        store.let()
+        for each in (first, second):
+            await each.done
+            assert (each.status, each.texts, each.errors) == (200, said, [])
+
+
+def told(reading, done_bytes):
+    return [
+        comment
+        for comment in reading.comments
+        if comment["state"] == "loading"
+        and comment.get("bytes", 0) == done_bytes
+        and comment.get("total")
+    ]
+
+
+@pytest.mark.parametrize("wait_s", ["0", "0.2"])
+async def test_who_waits_for_bytes_is_sent_away_when_its_time_is_over(wait_s):
+    async with cluster_of(0) as (cluster, store, client, said):
+        address = Address(cluster.url)
+        reading = Reading(client, address)
+        await until_ready_early(cluster)
+        headers = [*JSON, ("x-sllm-wait", wait_s)]
+
+        async def ask():
+            async with client.send(
+                address, "POST", "/v1/completions", headers, ASK_WHOLE
+            ) as response:
+                return response.status, json.loads(await response.read())
+
+        status, body = await ask()
+        assert (status, body["error"]["code"]) == (503, "model_loading")
+        assert body["loading"]["state"] == "loading"
+        assert body["loading"]["total"] > body["loading"]["bytes"]
+        store.let()
+        await reading.done
+        assert reading.texts == said
+
+        async def answered():
+            return (await ask())[0] == 200
+
+        await eventually(answered, within_s=20.0)
+
+
+async def test_who_waits_within_its_time_is_answered():
+    async with cluster_of(0) as (cluster, store, client, said):
+        address = Address(cluster.url)
+        async with asyncio.TaskGroup() as group:
+
+            async def ask():
+                async with client.send(
+                    address, "POST", "/v1/completions", JSON, ASK_WHOLE
+                ) as response:
+                    return response.status, json.loads(await response.read())
+
+            first = group.create_task(ask())
+            await until_ready_early(cluster)
+            second = group.create_task(ask())
+            await eventually(lambda: store.held, within_s=20.0)
+            store.let()
+        for status, body in (first.result(), second.result()):
+            assert (status, body["choices"][0]["text"]) == (200, "".join(said))
+
+
+async def test_bytes_that_do_not_come_end_the_stream_with_the_reason():
+    async with cluster_of(0) as (cluster, store, client, _):
+        reading = Reading(client, Address(cluster.url))
+        await until_ready_early(cluster)
+        await eventually(lambda: told(reading, 0), within_s=20.0)
+        store.fail(StoreUnavailable("the store has gone"))
+        await reading.done
+        assert reading.texts == []
+        assert [error["code"] for error in reading.errors] == ["store_unavailable"]
+
+
+async def test_who_leaves_while_bytes_move_leaves_nothing():
+    async with cluster_of(0) as (cluster, store, client, _):
+        reading = Reading(client, Address(cluster.url))
+        await until_ready_early(cluster)
+        (instance,) = cluster.agents["a"]._instances.all()
+        await eventually(lambda: instance.running, within_s=20.0)
+        reading.done.cancel()
+        await eventually(lambda: not instance.running, within_s=20.0)
+        assert cluster.front._room.loading == 1
+        store.let()
+        await eventually(lambda: not cluster.front._room.loading, within_s=20.0)
+        assert not instance.arriving

@@ -9,7 +9,7 @@ import pytest
 
 from serverlessllm.core.agentapi import HopTiming, LoadEvent
 from serverlessllm.core.errors import LoadFailed, SLLMError, TooManyRequests, Unavailable
-from serverlessllm.core.ids import AgentId
+from serverlessllm.core.ids import AgentId, ModelId
 from serverlessllm.orchestrator.coldstart import Loaded, WaitingRoom
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 
@@ -47,12 +47,54 @@ async def test_who_waits_goes_on_although_bytes_still_move(room, loads, settle):
     loads.became_ready(READY)
     assert await waiting == READY
     assert room.last_load("m") == READY
-    assert room.loading == 0
+    assert room.loading == 1
     whole = msgspec.structs.replace(READY, hops=(HopTiming(hop="start", seconds=1.0),))
     loads.end(whole)
     await settle()
     assert room.last_load("m") == whole
+    assert room.loading == 0
     again = asyncio.create_task(wait(room, "m"))  # what came of the first one is not its affair
+    await settle()
+    assert len(loads.started) == 2
+    again.cancel()
+
+
+async def test_who_comes_while_bytes_still_move_hears_how_far_they_are(room, loads, settle):
+    first = asyncio.create_task(wait(room, "m"))
+    await settle()
+    loads.became_ready(READY)
+    await first
+    with room.enter("m") as waiter:
+        assert await waiter.ready(0) == READY
+    assert waiter.incomplete
+    loads.publish(LoadEvent(state="loading", bytes_done=7))
+    assert waiter.progress.bytes_done == 7
+    loads.end(READY)
+    await settle()
+    assert not waiter.incomplete
+    assert loads.started == [("m", False)]
+
+
+async def test_a_replica_elsewhere_is_not_the_load_whose_bytes_still_move(room, loads, settle):
+    first = asyncio.create_task(wait(room, "m"))
+    await settle()
+    loads.became_ready(READY)
+    await first
+    assert room.hold("m")
+    assert room.hold("m", elsewhere=True)
+    await settle()
+    assert loads.started == [("m", False), ("m", True)]
+
+
+async def test_an_instance_that_went_before_its_bytes_came_is_loaded_again(room, loads, settle):
+    first = asyncio.create_task(wait(room, "m"))
+    await settle()
+    loads.became_ready(READY)
+    await first
+    room.not_ready(ModelId("m"), AgentId("another"))
+    assert await wait(room, "m") == READY
+    room.not_ready(ModelId("m"), READY.agent)
+    again = asyncio.create_task(wait(room, "m"))
     await settle()
     assert len(loads.started) == 2
     again.cancel()

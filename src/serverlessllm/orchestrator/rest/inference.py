@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Collection
+from typing import Any
 
 from serverlessllm.core.agentapi import (
     KEEP_ALIVE_HEADER,
@@ -22,13 +23,14 @@ from serverlessllm.openai.request import ParsedRequest, check_content_type
 from serverlessllm.openai.settings import RequestLimits
 from serverlessllm.openai.sse import EVENT_STREAM_HEADERS, comment, error_event
 from serverlessllm.orchestrator.agents import refusal
-from serverlessllm.orchestrator.coldstart import Loaded, Waiter, WaitingRoom
+from serverlessllm.orchestrator.coldstart import Waiter, WaitingRoom
 from serverlessllm.orchestrator.loads import note_schedule_error, on_demand_spec
 from serverlessllm.orchestrator.rest.loading import StillLoading, wait_budget_s
 from serverlessllm.orchestrator.router import Lease, Router
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.timing import Timing
 from serverlessllm.orchestrator.view import ClusterView, ready_agents
+from serverlessllm.orchestrator.waits import settled
 from serverlessllm.telemetry.table import REQUEST_RETRIES, TTFT_SECONDS
 
 Parse = Callable[[bytes, RequestLimits], ParsedRequest]
@@ -44,8 +46,8 @@ class _Call:
     """One client request on its way."""
 
     __slots__ = (
-        "body", "error", "gone", "model", "parsed", "refused", "request", "retrying", "status",
-        "timing", "tries",
+        "begun", "body", "error", "gone", "model", "parsed", "refused", "request", "retrying",
+        "status", "timing", "tries", "waits_until_s",
     )  # fmt: skip
 
     def __init__(
@@ -67,6 +69,16 @@ class _Call:
         request.state = self.timing
         self.tries = 0
         self.retrying = False
+        self.waits_until_s = 0.0
+        """The end of what it waits for a load; 0: it has not met one."""
+        self.begun: asyncio.Future[None] | None = None
+        """While its client is told how far the model's bytes are: done when no more is to be
+        told, for its answer begins."""
+
+    def begin(self) -> None:
+        """Something of its answer is passed on now, or it has ended."""
+        if self.begun is not None and not self.begun.done():
+            self.begun.set_result(None)
 
     @property
     def avoid(self) -> Collection[AgentId]:
@@ -123,20 +135,43 @@ class Inference:
     async def _attempt(self, call: _Call) -> bool:
         """Ask one agent; whether the client has its answer."""
         chosen_s = self._clock.now_s()
+        waiter = None
         lease = self._router.lease(call.model, call.avoid)
         if lease is None:
-            lease = await self._lease_cold(call)
+            lease, waiter = await self._lease_cold(call)
         else:
             call.timing.place_s = self._clock.now_s() - chosen_s
             if lease.scale_out:
                 self._room.hold(call.model, elsewhere=True)
         with lease:
             try:
+                if waiter is not None and waiter.incomplete:
+                    return await self._forward_early(call, lease, waiter)
                 return await self._forward(call, lease)
             except asyncio.CancelledError:
                 if not lease.lost or _still_cancelled():
                     raise
                 return self._lost(call, lease, BackendDied(_DIED))
+
+    async def _forward_early(self, call: _Call, lease: Lease, waiter: Waiter) -> bool:
+        """As `_forward`, to an instance that waits for bytes: until its answer begins, the client
+        is in the hands of the load."""
+        begun = call.begun = asyncio.get_running_loop().create_future()
+
+        async def forward() -> bool:
+            try:
+                return await self._forward(call, lease)
+            finally:
+                call.begin()
+
+        answer = asyncio.ensure_future(forward())
+        try:
+            await self._wait(call, waiter, begun)
+            return await answer
+        finally:
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+            call.begun = None
 
     async def _forward(self, call: _Call, lease: Lease) -> bool:
         call.timing.sent_s = self._clock.now_s()
@@ -159,6 +194,7 @@ class Inference:
     def _lost(self, call: _Call, lease: Lease, error: SLLMError) -> bool:
         """The agent went away; whether that was in the middle of the client's answer."""
         self._view.failed(lease.agent)
+        self._room.not_ready(call.model, lease.agent)
         call.error = error
         call.gone = {lease.agent, *(call.gone or ())}
         return call.request.finished
@@ -169,9 +205,16 @@ class Inference:
         self._end_retry(call)
         if request.started and response.status != _OK:
             raise await refusal(response)
+        if call.begun is not None and call.parsed.stream:
+            # The relay has to know whether the head is out: it is the load's from here on.
+            if response.status != _OK:
+                call.begin()
+            elif not request.started:
+                request.start(_OK, EVENT_STREAM_HEADERS)
 
         def first_byte() -> None:
             timing.first_byte_s = self._clock.now_s()
+            call.begin()
 
         relayed = await relay(request, response, error_event=_DIED_EVENT, on_first_byte=first_byte)
         if not relayed.ok:
@@ -199,6 +242,7 @@ class Inference:
         call.error = await refusal(response)
         if call.error.code == ModelNotReady.code:
             self._view.lost(lease.agent, call.model)
+            self._room.not_ready(call.model, lease.agent)
         else:
             call.refused = {lease.agent, *(call.refused or ())}
 
@@ -223,41 +267,50 @@ class Inference:
             call.retrying = False
             self._retrying -= 1
 
-    async def _lease_cold(self, call: _Call) -> Lease:
-        """Wait for a load of the model; a lease on the agent that has it then."""
+    async def _lease_cold(self, call: _Call) -> tuple[Lease, Waiter]:
+        """Wait for a load of the model; a lease on the agent that has it then, and the load, whose
+        bytes may still move."""
         began_s = self._clock.now_s()
         elsewhere = bool(call.refused)
         if elsewhere and not self._can_scale_out(call):
             raise call.error or NoCapacity()
         self._end_retry(call)
         with self._room.enter(call.model, elsewhere=elsewhere) as waiter:
-            loaded = await self._wait(call, waiter)
+            await self._wait(call, waiter, waiter.done)
+        loaded = waiter.loaded()
         call.timing.loaded = loaded
         call.timing.waited_s += self._clock.now_s() - began_s
         lease = self._router.lease_on(loaded.agent, call.model, loaded.predicted_s)
         if lease is None:
             raise NoCapacity(f"the agent that loaded {call.model} has gone", retry_after_s=1.0)
-        return lease
+        return lease, waiter
 
-    async def _wait(self, call: _Call, waiter: Waiter) -> Loaded:
-        """Until the load's end, telling a streaming client how far it is."""
-        request, settings = call.request, self._settings
-        budget_s = wait_budget_s(request.headers.get(WAIT_HEADER), settings, call.parsed.stream)
-        ends_s = self._clock.now_s() + budget_s
-        pause_s = budget_s
-        if call.parsed.stream:
+    async def _wait(self, call: _Call, waiter: Waiter, done: asyncio.Future[Any]) -> None:
+        """Until `done`, telling a streaming client how far the load is. What is whole and ready
+        is waited for without a budget.
+
+        Raises:
+            StillLoading: the client's budget is over. The load goes on.
+        """
+        request, settings, stream = call.request, self._settings, call.parsed.stream
+        if not call.waits_until_s:
+            budget_s = wait_budget_s(request.headers.get(WAIT_HEADER), settings, stream)
+            call.waits_until_s = self._clock.now_s() + budget_s
+        pause_s = settings.wait_budget_s_max
+        if stream:
             pause_s = settings.comment_interval_s if request.started else settings.stream_grace_s
-        while True:
-            loaded = await waiter.ready(min(pause_s, ends_s - self._clock.now_s()))
-            if loaded is not None:
-                return loaded
-            if self._clock.now_s() >= ends_s:
+        while stream or waiter.incomplete:
+            left_s = call.waits_until_s - self._clock.now_s() if waiter.incomplete else pause_s
+            if await settled(self._clock, done, min(pause_s, left_s)):
+                return
+            if waiter.incomplete and self._clock.now_s() >= call.waits_until_s:
                 waiter.promise()
                 raise StillLoading(call.model, waiter.progress)
-            if not request.started:
-                request.start(_OK, EVENT_STREAM_HEADERS)
-            await request.write(comment(waiter.progress))
-            pause_s = settings.comment_interval_s
+            if stream:
+                if not request.started:
+                    request.start(_OK, EVENT_STREAM_HEADERS)
+                await request.write(comment(waiter.progress))
+                pause_s = settings.comment_interval_s
 
     def _can_scale_out(self, call: _Call) -> bool:
         """Whether an agent that has not refused could load the model too."""
