@@ -82,6 +82,8 @@ def _options() -> argparse.Namespace:
 
 
 def _run(size_bytes: int, rounds: int, only: list[str] | None) -> Results:
+    _say("transformers")
+    ready = measure_ready(RESULTS / "weights", rounds)
     _say("weights")
     folder = RESULTS / "weights" / format_size(size_bytes).replace(" ", "")
     checkpoints = make_weights(folder, size_bytes)
@@ -103,7 +105,6 @@ def _run(size_bytes: int, rounds: int, only: list[str] | None) -> Results:
                     taken[at].append(_sample(targets[at], place))
     _say("second process")
     nvme, handover = (_trial(folder, tier, rounds) for tier in (CacheLevel.NVME, CacheLevel.DRAM))
-    _say("transformers")
     return Results(
         size_bytes=checkpoints[0].size_bytes,
         rounds=rounds,
@@ -115,7 +116,7 @@ def _run(size_bytes: int, rounds: int, only: list[str] | None) -> Results:
         ],
         nvme=nvme,
         handover=handover,
-        ready=measure_ready(RESULTS / "weights", rounds),
+        ready=ready,
     )
 
 
@@ -146,9 +147,9 @@ def _targets(place: Place) -> list[Target]:
         ours("recycled", "nvme → full DRAM", place.nvme_path),
         ours("store", "store → DRAM", stored),
         ours("dram", "in DRAM already", place.nvme_path, cache="none", before="leave"),
-        other("safetensors", "safetensors", "mmap"),
-        other("safetensors, warm", "safetensors", "mmap", cache="warm"),
-        other("safetensors, pread", "safetensors", "pread"),
+        other("safetensors load_file", "safetensors", "mmap"),
+        other("safetensors load_file, warm", "safetensors", "mmap", cache="warm"),
+        other("safetensors load_file, pread", "safetensors", "pread"),
         other("torch.load", "torch", "plain", file=torch_file),
         other("torch.load, warm", "torch", "plain", file=torch_file, cache="warm"),
         other("torch.load, mmap", "torch", "mmap", file=torch_file),

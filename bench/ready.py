@@ -48,7 +48,9 @@ def measure_ready(cache: Path, rounds: int) -> Ready:
 async def _measure(folder: Path, rounds: int) -> Ready:
     tmp = Path(tempfile.gettempdir())
     with private_directory(Path("/dev/shm")) as dram, private_directory(tmp) as run:
-        made = convert(open_folder(folder, model=_MODEL, revision="r1"), dram)
+        lies = dram / "checkpoint"
+        lies.mkdir()
+        made = convert(open_folder(folder, model=_MODEL, revision="r1"), lies)
         plans = _Plans(made.bin_path, made.idx_path, made.index, run)
         clock, settings = SystemClock(), BackendSettings()
         upstreams = Upstreams(UpstreamSettings(), clock)

@@ -22,7 +22,7 @@ _COLUMNS = (
     *("loader", "page cache", "÷ limit", "its time ÷ ours", "GB/s", "call returned"),
     *("CPU s/GiB", "memory"),
 )
-_MMAP, _NVME = "safetensors", "ServerlessLLM, nvme → DRAM"
+_MMAP, _NVME = "safetensors load_file", "ServerlessLLM, nvme → DRAM"
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
