@@ -25,6 +25,7 @@ from serverlessllm.checkpoint.layout import Layout
 from serverlessllm.checkpoint.reader import verify
 from serverlessllm.checkpoint.sources.adapter import adapter_layout
 from serverlessllm.checkpoint.sources.base import RawCheckpoint
+from serverlessllm.checkpoint.sources.finished import finished_layout
 from serverlessllm.checkpoint.sources.gguf import gguf_layout
 from serverlessllm.checkpoint.sources.pick import pick
 from serverlessllm.checkpoint.sources.safetensors import safetensors_layout
@@ -69,6 +70,8 @@ def plan_layout(raw: RawCheckpoint) -> Layout:
         SourceUnavailable: a file cannot be read.
     """
     chosen = pick(raw.files)
+    if chosen.format == "checkpoint":
+        return finished_layout(raw)
     if chosen.format == "gguf":
         return gguf_layout(raw.files[chosen.weights[0]])
     layout_of = torch_layout if chosen.format == "torch" else safetensors_layout
@@ -99,7 +102,9 @@ def convert(
         CorruptChunk: the disk gives back other bytes than it was given; nothing is left behind.
         Conflict: another conversion is writing to `out_dir`.
     """
-    layout = msgspec.structs.replace(plan_layout(raw), quantization=quantization)
+    layout = plan_layout(raw)
+    if quantization is not None:
+        layout = msgspec.structs.replace(layout, quantization=quantization)
     with translating_disk_errors(layout.size_bytes), _only_writer(out_dir):
         try:
             with translating_disk_errors(layout.size_bytes):

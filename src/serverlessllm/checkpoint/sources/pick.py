@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from serverlessllm.checkpoint.index import BIN_NAME, IDX_NAME
 from serverlessllm.checkpoint.side_files import is_side_file
 from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
 
@@ -33,7 +34,7 @@ class Pick(msgspec.Struct, frozen=True, kw_only=True):
     """The files to convert: `weights` in one `format`, and what goes with them."""
 
     format: str
-    """`safetensors`, `gguf` or `torch`."""
+    """`safetensors`, `gguf`, `torch`, or `checkpoint` for one that is converted already."""
     weights: tuple[str, ...]
     shard_map: str | None = None
     """Says which tensor is in which of several `weights`."""
@@ -49,13 +50,16 @@ class Pick(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def pick(names: Iterable[str]) -> Pick:
-    """Choose among the files at the top of a source: safetensors, a GGUF, an adapter, PyTorch's.
+    """Choose among the files at the top of a source: safetensors, a GGUF, an adapter, PyTorch's;
+    before them a checkpoint, which is all of it already.
 
     Raises:
         UnsupportedCheckpoint: a plain pickle, or a GGUF in pieces; says the way out.
         CheckpointError: no weights, or no way to tell which of several are meant.
     """
     present = sorted(names)
+    if BIN_NAME in present and IDX_NAME in present:
+        return Pick(format="checkpoint", weights=(BIN_NAME,), side_files=(IDX_NAME,))
     weights = [name for name in present if not name.startswith(_NOT_A_MODEL)]
     safetensors = [name for name in weights if name.endswith(".safetensors")]
     if safetensors:
