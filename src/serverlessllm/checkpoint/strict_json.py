@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
+from serverlessllm.checkpoint.bounds import TENSORS_MAX
 from serverlessllm.core.errors import CheckpointError
 
 T = TypeVar("T")
+
+MEMBERS_MAX: Final = 5 * TENSORS_MAX
+VALUES_MAX: Final = 10 * TENSORS_MAX
+"""More than the header of a file with as many tensors as a model may have."""
 
 
 def parse_json(data: bytes, type_: type[T], what: str) -> T:
@@ -29,6 +34,19 @@ def parse_json(data: bytes, type_: type[T], what: str) -> T:
     except ValueError as error:  # our own, or where json is stricter than msgspec
         raise CheckpointError(f"{what}: {error}"[:500]) from None
     return parsed
+
+
+def check_values(data: bytes, what: str) -> None:
+    """Refuse JSON of more values than any header has, before it becomes 50 times its size.
+
+    Counts what separates values, wherever it stands: a few of these may be in texts.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    values = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if values > VALUES_MAX or data.count(b":") > MEMBERS_MAX:
+        raise CheckpointError(f"{what}: the JSON has more values than a model's tensors need")
 
 
 def decode_json(data: bytes, type_: type[T], what: str) -> T:

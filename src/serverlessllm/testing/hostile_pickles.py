@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from serverlessllm.checkpoint.pickles.opcodes import OPCODE_NAMES
 from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
 from serverlessllm.testing.torch_files import (
+    HOOKS,
     REBUILD,
     number,
     numbers,
@@ -220,25 +221,93 @@ def _invalid() -> dict[str, bytes]:
         "a memo entry out of range": pickle_of(b"j\xff\xff\xff\xff"),
         "a memo of nothing": pickle_of(b"\x94"),
         "a memo of nothing after a mark": pickle_of(b"N(\x94"),
-        "a bomb of lists": b"\x80\x02" + b"]" * 2_400_000,
-        "a bomb of dicts": b"\x80\x02" + b"}" * 2_400_000,
-        "a bomb of tuples": b"\x80\x02N" + b"\x85" * 2_400_000,
-        "a bomb of marks": b"\x80\x02" + b"(" * 2_400_000,
-        "a bomb of memo entries": b"\x80\x02N" + b"\x94" * 2_400_000,
-        "a bomb of memo reads": b"\x80\x02N\x94" + b"h\0" * 2_400_000,
-        "a bomb of numbers": b"\x80\x02" + b"J\xff\xff\xff\x7f" * 2_000_000,
-        "a bomb of names": b"\x80\x02" + b"ctorch\nSize\n" * 500_000,
-        "a bomb of texts": b"\x80\x02" + (b"X\xff\xff\0\0" + b"a" * 0xFFFF) * 20,
-        "a bomb of wide texts": b"\x80\x02" + text("\U0001f600" + "a" * 99_000) * 120,
-        "a bomb of nothing": b"\x80\x02" + b"N0" * 2_000_000,
         "too long": b"\x80\x02" + bytes(17 << 20),
         "a key that is no text": pickle_of(b"}K\x01" + tensor() + b"s"),
+        "a key of 1 MiB": pickle_of(b"}" + text("a" * (1 << 20)) + b"Ns"),
+        "a name of 6 MiB in the answer": state_dict({"\x01" * (1 << 20): tensor()}),
+        "a name that acts on a terminal": state_dict({"\x1b[2J": tensor()}),
+        "a name of 513 bytes": state_dict({"\u00e9" * 256 + "a": tensor()}),
     }
+    for what, data in _bombs().items():
+        found[f"a bomb of {what}"] = data
     for what, persistent in _lying_storages().items():
         found[f"a storage with {what}"] = state_dict({"a": tensor(persistent)})
     for what, made in _lying_tensors().items():
         found[f"a tensor with {what}"] = state_dict({"a": made})
     return found
+
+
+def _bombs() -> dict[str, bytes]:
+    """What would take memory or time without end, if nobody counted."""
+    long = text("a" * (1 << 20))
+    return {
+        "lists": b"\x80\x02" + b"]" * 2_400_000,
+        "dicts": b"\x80\x02" + b"}" * 2_400_000,
+        "tuples": b"\x80\x02N" + b"\x85" * 2_400_000,
+        "marks": b"\x80\x02" + b"(" * 2_400_000,
+        "memo entries": b"\x80\x02N" + b"\x94" * 2_400_000,
+        "memo reads": b"\x80\x02N\x94" + b"h\0" * 2_400_000,
+        "numbers": b"\x80\x02" + b"J\xff\xff\xff\x7f" * 2_000_000,
+        "names": b"\x80\x02" + b"ctorch\nSize\n" * 500_000,
+        "texts": b"\x80\x02" + (b"X\xff\xff\0\0" + b"a" * 0xFFFF) * 20,
+        "wide texts": b"\x80\x02" + text("\U0001f600" + "a" * 99_000) * 120,
+        "nothing": b"\x80\x02" + b"N0" * 2_000_000,
+        "numbers of one hash": _numbered(
+            [index * _HASH_PRIME for index in range(-900, 900)], 899 * _HASH_PRIME
+        ),
+        "numbers on one path": _numbered(*_path(1 << 16)),
+        "equal keys that are long": pickle_of(
+            b"}\x94" + long + b"Ns" + long + b"\x940(" + b"h\x01N" * 380_000 + b"u"
+        ),
+        "sizes": pickle_of(
+            b"ctorch\nSize\n\x940" + numbers([1] * 64) + b"\x85\x940" + b"h\0h\x01R" * 350_000
+        ),
+        "tensors of many dimensions": pickle_of(
+            REBUILD
+            + b"\x940"
+            + tuple_of([storage(), number(0), *[numbers([1] * 64)] * 2, b"\x89", HOOKS])
+            + b"\x940"
+            + b"h\0h\x01R" * 350_000
+        ),
+        "tensors of a storage with a long name": pickle_of(
+            tensor(storage(key=text("0" * (1 << 20))))
+            + b"\x940}("
+            + b"".join(text(str(n)) + b"h\0" for n in range(100_000))
+            + b"u"
+        ),
+        "200,001 tensors": pickle_of(
+            tensor() + b"\x940}(" + b"".join(text(str(n)) + b"h\0" for n in range(200_001)) + b"u"
+        ),
+    }
+
+
+_HASH_PRIME = (1 << 61) - 1
+"""Numbers that differ by it have one hash, on a machine of 64 bits."""
+
+
+def _numbered(keys: Sequence[int], last: int) -> bytes:
+    """A dict of these keys, and then 300,000 times the last one."""
+    items = b"".join(number(key) + b"N" for key in keys)
+    return pickle_of(number(last) + b"\x940}(" + items + b"u(" + b"h\0N" * 300_000 + b"u")
+
+
+def _path(slots: int) -> tuple[list[int], int]:
+    """Keys that fill a dict of so many slots along one path of its probing, and one to walk it.
+
+    By `lookdict` of CPython's `Objects/dictobject.c`.
+    """
+    path = [0]
+    while len(path) < slots * 5 // 8:
+        path.append((5 * path[-1] + 1) % slots)
+    place = {slot: position for position, slot in enumerate(path)}
+    for walker in range(slots, slots * 1000):
+        slot, rest = walker % slots, walker
+        while slot in place and rest:
+            rest >>= 5
+            slot = (5 * slot + rest + 1) % slots
+        if place.get(slot, slots) < 100:
+            return [*path, walker], walker
+    raise AssertionError
 
 
 def _lying_storages() -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import pytest
 from serverlessllm.checkpoint.pickles import sandbox
 from serverlessllm.checkpoint.pickles.interpreter import PICKLE_BYTES_MAX, read_state_dict
 from serverlessllm.checkpoint.pickles.sandbox import read_state_dict_apart
-from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
+from serverlessllm.core.errors import CheckpointError, SourceUnavailable, UnsupportedCheckpoint
 from serverlessllm.testing.hostile_pickles import hostile_pickles
 from serverlessllm.testing.torch_files import state_dict, tensor
 
@@ -104,7 +104,7 @@ def test_too_long_a_pickle_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(CheckpointError, match="more than"):
         read_state_dict_apart(bytes(PICKLE_BYTES_MAX + 1))
-    with pytest.raises(CheckpointError, match="cannot be started"):
+    with pytest.raises(SourceUnavailable, match="cannot be started"):
         read_state_dict_apart(PICKLE)
 
 

@@ -7,11 +7,12 @@ A name is looked up in a table and nowhere else. The functions mirror the signat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from serverlessllm.checkpoint.dtypes import SAFETENSORS_BITS
+from serverlessllm.checkpoint.dtypes import DIMS_MAX, SAFETENSORS_BITS
 from serverlessllm.checkpoint.pickles.values import (
     NUMBER_MAX,
+    STORAGE_KEY_CHARS_MAX,
     Global,
     Opaque,
     Storage,
@@ -57,12 +58,14 @@ STORAGES: Final = {
     "torch.ComplexFloatStorage": "C64",
     "torch.storage.UntypedStorage": None,
 }
+_BUILTINS = ("builtins", "__builtin__")
 _TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
 
 _QUANTIZED = "a quantized tensor, whose scales lie outside of its bytes: save it dequantized"
 _SPARSE = "a sparse or nested tensor: save it dense, with `.to_dense()`"
 _COMPLEX = "a complex type that safetensors has no name for: save it as complex64"
 _SUBCLASS = "a tensor of a class of its own: save its plain tensors"
+_NUMPY = "a NumPy value: make it a plain number, with `.item()`, or a tensor, or leave it out"
 _REASONS = {
     "torch._utils._rebuild_qtensor": _QUANTIZED,
     "torch.QInt8Storage": _QUANTIZED,
@@ -82,7 +85,20 @@ _REASONS = {
     "the CPU",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of another device: save it "
     "from the CPU",
+    "numpy.core.multiarray.scalar": _NUMPY,
+    "numpy._core.multiarray.scalar": _NUMPY,
+    "numpy.core.multiarray._reconstruct": _NUMPY,
+    "numpy._core.multiarray._reconstruct": _NUMPY,
 }
+_REASONS_BY_PACKAGE = {
+    "torch.nn": "a whole model, which is a program with weights: save `model.state_dict()` in its "
+    "place",
+    "transformers": "an object of transformers: save `model.state_dict()` alone, or the model with "
+    "`model.save_pretrained`",
+}
+_REASON = (
+    "an object of a program, which is neither run nor read: save the `state_dict` alone, without it"
+)
 
 
 def check_global(module: str, name: str) -> None:
@@ -94,7 +110,8 @@ def check_global(module: str, name: str) -> None:
     full = f"{module}.{name}"
     if (module, name) in _KNOWN:
         return
-    reason = _REASONS.get(full, "which is not of a plain state dict: it is neither run nor read")
+    package = next((p for p in _REASONS_BY_PACKAGE if full.startswith(f"{p}.")), "")
+    reason = _REASONS.get(full) or _REASONS_BY_PACKAGE.get(package, _REASON)
     raise UnsupportedCheckpoint(f"refers to {ascii(full)[:200]}, {reason}")
 
 
@@ -115,6 +132,8 @@ def storage_of(persistent_id: Value) -> Storage:
         or type(location) is not str
     ):
         raise CheckpointError("a persistent id that is no storage")
+    if len(key) > STORAGE_KEY_CHARS_MAX:  # it will be in the answer, once for each of its tensors
+        raise CheckpointError(f"a storage by a name of {len(key)} characters")
     dtype = STORAGES[type_.name]
     size = _natural(elements, "size of a storage") * _item_bytes(dtype)
     return Storage(key, dtype, _natural(size, "size of a storage"))
@@ -203,6 +222,12 @@ def _opaque(arguments: Arguments) -> Opaque:
     return Opaque()
 
 
+def _plain(arguments: Arguments) -> Arguments:
+    """A set, a counter, bytes: nothing for us, but for what they are made of."""
+    _count(arguments, 0, 2)
+    return arguments
+
+
 _REBUILDS: dict[str, Callable[[Arguments], Tensor]] = {
     "torch._utils._rebuild_tensor": _tensor_v1,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
@@ -217,7 +242,12 @@ _CALLS: dict[str, Callable[[Arguments], Value]] = {
     "torch.Size": _size,
     "torch.device": _opaque,
     "torch.serialization._get_layout": _opaque,
+    "collections.Counter": _plain,
+    **{f"{module}.{name}": _plain for module in _BUILTINS for name in ("set", "bytearray")},
+    **{f"{module}.complex": _opaque for module in _BUILTINS},
+    "_codecs.encode": _opaque,
 }
+"""What else `torch.load(weights_only=True)` takes is here too, the bytes of protocol 2 among it."""
 _KNOWN: Final = frozenset(
     (module, name)
     for module, _, name in (
@@ -262,9 +292,15 @@ def _count(arguments: Arguments, least: int, most: int) -> None:
 
 
 def _numbers(value: Value, what: str) -> tuple[int, ...]:
-    if type(value) is not tuple or len(value) > 64:
+    """The tuple itself, not a copy: it may be used a hundred thousand times."""
+    if type(value) is not tuple:
         raise CheckpointError(f"a {what} that is not a tuple of numbers")
-    return tuple(_natural(item, what) for item in value)
+    numbers: tuple[Any, ...] = value
+    if len(numbers) > DIMS_MAX:
+        raise CheckpointError(f"a {what} of {len(numbers)} dimensions, more than {DIMS_MAX}")
+    for number in numbers:
+        _natural(number, what)
+    return numbers
 
 
 def _natural(value: Value, what: str) -> int:

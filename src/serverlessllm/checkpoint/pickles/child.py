@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
+from collections.abc import Iterator
 from typing import Final
 
 from serverlessllm.checkpoint.pickles.confine import confine
@@ -18,13 +20,12 @@ MESSAGE_CHARS_MAX: Final = 1000
 
 
 def main(parent: int) -> None:
-    """Answer one JSON object and end. What cannot be answered ends the process otherwise."""
+    """Answer and end. What cannot be answered ends the process otherwise."""
     confine(parent)
     gc.disable()  # nothing lives longer than the process
-    answer = json.dumps(_answer(_read_all())).encode()
-    done = 0
-    while done < len(answer):
-        done += os.write(1, answer[done:])
+    for line in answer_lines(_read_all()):
+        sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
     os._exit(0)
 
 
@@ -37,12 +38,20 @@ def _read_all() -> bytes:
     return b"".join(parts)
 
 
-def _answer(data: bytes) -> dict[str, object]:
+def answer_lines(data: bytes) -> Iterator[bytes]:
+    """Lines of JSON: how many tensors there are, then each; or why not.
+
+    One at a time, so that an answer takes no memory here, and can be refused early there.
+    """
     try:
         state = read_state_dict(data)
     except CheckpointError as error:
-        return {
-            "refused": error.message[:MESSAGE_CHARS_MAX],
-            "unsupported": isinstance(error, UnsupportedCheckpoint),
-        }
-    return {"tensors": state.tensors, "wrapped_in": state.wrapped_in}
+        unsupported = isinstance(error, UnsupportedCheckpoint)
+        yield _line({"refused": error.message[:MESSAGE_CHARS_MAX], "unsupported": unsupported})
+        return
+    yield _line({"tensors": len(state.tensors), "wrapped_in": state.wrapped_in})
+    yield from map(_line, state.tensors)
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"

@@ -26,8 +26,10 @@ STEPS_MAX: Final = 1_200_000
 TEXT_BYTES_MAX: Final = 1 * MIB
 LONG_BYTES_MAX: Final = 9
 """64 bits and a sign."""
+KEY_CHARS_MAX: Final = 4096
 
-_KEYS = frozenset({str, int, float, bool, bytes, type(None)})
+_NUMBERS = frozenset({int, float})
+_CONSTANTS = frozenset({bool, type(None)})
 
 _INT32 = struct.Struct("<i")
 
@@ -198,11 +200,25 @@ def _set(machine: Machine, items: list[Value]) -> None:
     machine.charge(costs.DICT_ITEM_BYTES * (len(items) // 2))
     target = machine.top(dict)
     for number in range(0, len(items), 2):
-        key = items[number]
-        # The hash of a tuple recurses: a deep one would end the process.
-        if type(key) not in _KEYS:
-            raise UnsupportedCheckpoint("a dict has keys that are not plain values")
-        target[key] = items[number + 1]
+        target[_key(items[number])] = items[number + 1]
+
+
+def _key(key: Value) -> Value:
+    """What stands for a key: of a stranger's choice, so that dicts stay fast whatever it is.
+
+    The hash of a number is not salted: numbers can be chosen that collide, and become digits. Equal
+    texts are compared byte by byte, each time: they are short. The hash of a tuple recurses: a deep
+    one would end the process.
+    """
+    if isinstance(key, str | bytes):
+        if len(key) > KEY_CHARS_MAX:
+            raise CheckpointError(f"a dict has a key of {len(key)} characters")
+        return key
+    if type(key) in _NUMBERS:
+        return repr(key).encode()
+    if type(key) not in _CONSTANTS:
+        raise UnsupportedCheckpoint("a dict has keys that are not plain values")
+    return key
 
 
 def _global(machine: Machine) -> None:

@@ -16,59 +16,104 @@ from typing import Final
 import msgspec
 
 import serverlessllm
-from serverlessllm.checkpoint.bounds import check_count
+from serverlessllm.checkpoint.bounds import check_count, check_text
+from serverlessllm.checkpoint.pickles.builders import TORCH_DTYPES
 from serverlessllm.checkpoint.pickles.child import MESSAGE_CHARS_MAX
 from serverlessllm.checkpoint.pickles.interpreter import PICKLE_BYTES_MAX
-from serverlessllm.checkpoint.pickles.values import NUMBER_MAX, StateDict, TensorView
+from serverlessllm.checkpoint.pickles.values import (
+    NUMBER_MAX,
+    STORAGE_KEY_CHARS_MAX,
+    StateDict,
+    TensorView,
+)
 from serverlessllm.core.clock import SystemClock
-from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
+from serverlessllm.core.errors import CheckpointError, SourceUnavailable, UnsupportedCheckpoint
 from serverlessllm.core.units import MIB
 
 WALL_S: Final = 60.0
 """A machine may stall for seconds; the work itself takes less than one."""
-ANSWER_BYTES_MAX: Final = 32 * MIB
+ANSWER_BYTES_MAX: Final = 64 * MIB
+LINE_BYTES_MAX: Final = 8192
 
+_DTYPES: Final = frozenset(TORCH_DTYPES.values())
 _ROOT = Path(serverlessllm.__file__).parents[1]
 _CHILD = (
-    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "import sys; sys.path.append(sys.argv[1]); "  # last: nothing there hides Python's own modules
     "from serverlessllm.checkpoint.pickles.child import main; main(int(sys.argv[2]))"
 )
 
 
-class _Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the child says: tensors, or why not."""
+class _Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the child says first: how many tensors follow, one a line, or why none do."""
 
-    tensors: tuple[TensorView, ...] = ()
+    tensors: int = 0
     wrapped_in: tuple[str, ...] = ()
     refused: str | None = None
     unsupported: bool = False
 
 
+_HEAD, _VIEW = msgspec.json.Decoder(_Head), msgspec.json.Decoder(TensorView)
+
+
 def read_state_dict_apart(data: bytes) -> StateDict:
     """As `interpreter.read_state_dict`, in a confined child process.
 
-    The answer's form and numbers are checked; the caller checks its names, and all against the
-    archive.
+    Nothing in the answer has been checked against the archive.
 
     Raises:
         CheckpointError: the pickle is refused, or the child did not answer within its limits.
+        SourceUnavailable: the machine has no process to spare for it now.
     """
     if len(data) > PICKLE_BYTES_MAX:
         raise CheckpointError(f"a pickle of {len(data)} bytes, more than {PICKLE_BYTES_MAX}")
+    return decode_answer(_ask(data))
+
+
+def decode_answer(answer: bytes) -> StateDict:
+    """What the child says, which may be a lie from its first byte to its last.
+
+    Memory: in proportion to the tensors that a model may have, whatever the answer is.
+
+    Raises:
+        CheckpointError: why the child refused the pickle; or the answer is none.
+    """
     try:
-        answer = msgspec.json.decode(_ask(data), type=_Answer)
-    except ValueError:  # msgspec's own, or not UTF-8
+        line, _, rest = answer.partition(b"\n")
+        head = _HEAD.decode(_bounded(line))
+        if head.refused is not None:
+            raise _refusal(head.refused, head.unsupported)
+        check_count(head.tensors, "tensors")
+        *lines, after = rest.split(b"\n", head.tensors)
+        if after or len(lines) != head.tensors:
+            raise ValueError
+        return StateDict(tuple(map(_view, lines)), head.wrapped_in)
+    except ValueError:  # msgspec's own, not UTF-8, or cut off
         raise CheckpointError("the reader of its pickle gave no answer, or one of no use") from None
-    if answer.refused is not None:
-        message = answer.refused[:MESSAGE_CHARS_MAX]
-        message = message if message.isprintable() else ascii(message)
-        raise (UnsupportedCheckpoint if answer.unsupported else CheckpointError)(message)
-    check_count(len(answer.tensors), "tensors")
-    for view in answer.tensors:
-        numbers = (view.storage_bytes, view.offset, *view.shape, *view.strides)
-        if any(not 0 <= number <= NUMBER_MAX for number in numbers):
-            raise CheckpointError(f"tensor {view.name!r}: a number that is out of range")
-    return StateDict(answer.tensors, answer.wrapped_in)
+
+
+def _bounded(line: bytes) -> bytes:
+    if len(line) > LINE_BYTES_MAX:
+        raise ValueError
+    return line
+
+
+def _refusal(message: str, unsupported: bool) -> CheckpointError:
+    message = message[:MESSAGE_CHARS_MAX]
+    message = message if message.isprintable() else ascii(message)
+    return (UnsupportedCheckpoint if unsupported else CheckpointError)(message)
+
+
+def _view(line: bytes) -> TensorView:
+    view = _VIEW.decode(_bounded(line))
+    check_text(view.name, "tensor name")
+    numbers = (view.storage_bytes, view.offset, *view.shape, *view.strides)
+    if (
+        view.dtype not in _DTYPES
+        or len(view.storage) > STORAGE_KEY_CHARS_MAX
+        or any(not 0 <= number <= NUMBER_MAX for number in numbers)
+    ):
+        raise ValueError
+    return view
 
 
 def _ask(data: bytes) -> bytes:
@@ -87,7 +132,7 @@ def _ask(data: bytes) -> bytes:
             cwd="/",
         )
     except OSError as error:
-        raise CheckpointError(
+        raise SourceUnavailable(
             f"the reader of its pickle cannot be started: {error.strerror}"
         ) from error
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from serverlessllm.checkpoint.bounds import check_count, check_text
 from serverlessllm.checkpoint.pickles.values import StateDict, Tensor, TensorView, Value
 from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
 
@@ -17,7 +18,7 @@ def state_dict_of(value: Value) -> StateDict:
 
     Raises:
         UnsupportedCheckpoint: there is no such dict, or it holds tensors in containers.
-        CheckpointError: a tensor's name is not text.
+        CheckpointError: a tensor's name is not text, or not one; or there are too many.
     """
     wrapped_in: list[str] = []
     while len(wrapped_in) < _DEPTH_MAX:
@@ -48,7 +49,8 @@ def _flatten(state: dict[Value, Value]) -> list[TensorView]:
             _refuse_tensors_inside(name, value, seen)
             continue
         if type(name) is not str:
-            raise CheckpointError("a tensor whose name is not text")
+            raise CheckpointError(f"a tensor whose name is not text: {_shown(name)}")
+        check_text(name, "tensor name")
         views.append(
             TensorView(
                 name,
@@ -60,6 +62,7 @@ def _flatten(state: dict[Value, Value]) -> list[TensorView]:
                 value.strides,
             )
         )
+    check_count(len(views), "tensors")
     if not views:
         known = ", ".join(WRAPPERS)
         raise UnsupportedCheckpoint(f"no tensors at its top, nor under one of {known}")
@@ -73,9 +76,14 @@ def _refuse_tensors_inside(name: Value, value: Value, seen: set[int]) -> None:
         item = left.pop()
         if type(item) is Tensor:
             raise UnsupportedCheckpoint(
-                f"{ascii(name)[:200]} holds tensors in a container: save a flat dict of tensors"
+                f"{_shown(name)} holds tensors in a container: save a flat dict of tensors"
             )
         if not isinstance(item, dict | list | tuple) or id(item) in seen:
             continue
         seen.add(id(item))
         left.extend(item.values() if isinstance(item, dict) else item)
+
+
+def _shown(key: Value) -> str:
+    """A key of a dict, for a message. Digits stand for a number."""
+    return ascii(key.decode(errors="replace") if isinstance(key, bytes) else key)[:200]

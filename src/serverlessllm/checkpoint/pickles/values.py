@@ -12,6 +12,7 @@ Value = object
 """`None`, a bool, int, float, str, bytes, tuple, list or dict, or one of the classes below."""
 
 NUMBER_MAX: Final = (1 << 63) - 1
+STORAGE_KEY_CHARS_MAX: Final = 64
 
 
 class Global:

@@ -18,6 +18,8 @@ from serverlessllm.core.errors import CheckpointError, InvalidModelName
 from serverlessllm.core.ids import model_name, parse_model_id
 
 _SEPARATORS = re.compile(r"[/\\]+")
+_CACHED = re.compile(r"models--([\w.-]+)", re.ASCII)
+"""A folder of Hugging Face's cache: a snapshot in it has a revision for its name."""
 
 
 class _AdapterConfig(msgspec.Struct, frozen=True):
@@ -46,14 +48,16 @@ def base_name(text: str) -> str:
     """The model that `base_model_name_or_path` means, without its revision.
 
     A name of a hub is taken as it is. Of anything else, a path of the machine that trained it, only
-    the last component is: it is no place on this one.
+    the last component is, or the model of that machine's cache: it is no place on this one.
 
     Raises:
         CheckpointError: neither is the name of a model.
     """
     check_text(text, f"{ADAPTER_CONFIG}: base_model_name_or_path")
-    last = [part for part in _SEPARATORS.split(text) if part][-1:]
-    for name in (text, *last):
+    parts = [part for part in _SEPARATORS.split(text) if part]
+    cached = [found[1].replace("--", "/", 1) for found in map(_CACHED.fullmatch, parts) if found]
+    names = (text, *cached[-1:], *parts[-1:]) if "://" not in text else ()
+    for name in names:
         try:
             return model_name(parse_model_id(name))
         except InvalidModelName:

@@ -169,7 +169,9 @@ def open_folder(
     revision: str = "local",
     license: str | None = None,  # noqa: A002 - the field's name
 ) -> RawCheckpoint:
-    """The files at the top of a local folder (hidden ones and folders left out).
+    """The files at the top of a local folder.
+
+    Left out are folders, hidden files, and those whose names would act on a terminal.
 
     Raises:
         SourceUnavailable: no such folder, or it cannot be read.
@@ -184,7 +186,7 @@ def open_folder(
         raise CheckpointError(f"{path.name}: more than {FILES_MAX} files")
     files: dict[str, RawFile] = {}
     for entry in entries:
-        if entry.name.startswith(".") or entry.is_dir():
+        if entry.name.startswith(".") or not entry.name.isprintable() or entry.is_dir():
             continue
         files[entry.name] = LocalFile.at(entry.name, _inside(root, entry))
     return RawCheckpoint(

@@ -28,8 +28,8 @@ from serverlessllm.core.units import MIB
 
 HEADER_BYTES_MAX = 64 * MIB
 PAIRS_MAX = 65_536
-STRINGS_MAX = 4_000_000
-"""Elements of all string arrays together: tokens, their merges."""
+STRINGS_MAX = 2_000_000
+"""Elements of all string arrays together: tokens, their merges. The most in the wild: 800,000."""
 WANTED_TEXT_BYTES_MAX = 4096
 
 _WINDOW_BYTES = 256 * 1024
@@ -109,7 +109,7 @@ class _Cursor:
         if self._strings_left < 0:
             raise CheckpointError(f"{self._file.name}: more than {STRINGS_MAX} texts in arrays")
         for _ in range(count):
-            self.skip(self.number("Q"))
+            self.skip(int.from_bytes(self.bytes(8), "little"))
 
     def _scalar_size(self, kind: int) -> int:
         if kind not in _SCALARS:

@@ -51,13 +51,13 @@ class Pick(msgspec.Struct, frozen=True, kw_only=True):
 
 def pick(names: Iterable[str]) -> Pick:
     """Choose among the files at the top of a source: safetensors, a GGUF, an adapter, PyTorch's;
-    before them a checkpoint, which is all of it already.
+    before them a checkpoint, which is all of it already. Names that do not print are passed over.
 
     Raises:
         UnsupportedCheckpoint: a plain pickle, or a GGUF in pieces; says the way out.
         CheckpointError: no weights, or no way to tell which of several are meant.
     """
-    present = sorted(names)
+    present = sorted({name for name in names if name.isprintable()})
     if BIN_NAME in present and IDX_NAME in present:
         return Pick(format="checkpoint", weights=(BIN_NAME,), side_files=(IDX_NAME,))
     weights = [name for name in present if not name.startswith(_NOT_A_MODEL)]

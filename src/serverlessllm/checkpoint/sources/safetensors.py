@@ -18,7 +18,7 @@ from serverlessllm.checkpoint.layout import Layout, RawTensor
 from serverlessllm.checkpoint.sources.base import RawCheckpoint, RawFile, read_at
 from serverlessllm.checkpoint.sources.pick import Pick
 from serverlessllm.checkpoint.sources.shards import lay_out_shards
-from serverlessllm.checkpoint.strict_json import decode_json, parse_json
+from serverlessllm.checkpoint.strict_json import check_values, decode_json, parse_json
 from serverlessllm.core.errors import CheckpointError
 from serverlessllm.core.units import MIB
 
@@ -51,6 +51,7 @@ def read_header(file: RawFile) -> Header:
     if size > min(HEADER_BYTES_MAX, file.size_bytes - 8):
         raise CheckpointError(f"{file.name}: a header of {size} bytes does not fit")
     data = read_at(file, 8, size)
+    check_values(data, file.name)
     raw = parse_json(data, dict[str, msgspec.Raw], file.name)
     metadata = raw.pop(_METADATA, None)
     check_count(len(raw), f"tensors in {file.name}")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
-from serverlessllm.checkpoint.bounds import check_count
+from serverlessllm.checkpoint.bounds import check_count, check_text
 from serverlessllm.checkpoint.layout import Layout, RawTensor, arrange
 from serverlessllm.checkpoint.order import place
 from serverlessllm.checkpoint.side_files import collect_side_files
 from serverlessllm.checkpoint.sources.base import RawCheckpoint, RawFile, read_all, read_at
 from serverlessllm.checkpoint.sources.pick import Pick
-from serverlessllm.checkpoint.strict_json import parse_json
+from serverlessllm.checkpoint.strict_json import check_values, parse_json
 from serverlessllm.core.errors import CheckpointError
 from serverlessllm.core.units import MIB
 
@@ -45,9 +45,13 @@ def lay_out_shards(
     kept, aliases = _untie(tensors.values())
     for name, target in removed.items():
         if name not in tensors and target in kept:
+            check_text(name, "name of a tensor that was left out")
             aliases[name] = target
     if config.tied_embeddings and _HEAD not in tensors and _EMBEDDING in kept:
         aliases.setdefault(_HEAD, _EMBEDDING)
+    check_count(len(aliases), "names of tensors that were left out")
+    if config.architecture is not None:
+        check_text(config.architecture, "config.json: architecture")
     return arrange(kept.values(), side_files, aliases=aliases, architecture=config.architecture)
 
 
@@ -63,10 +67,10 @@ def _collect(
             if tensor.name in tensors:
                 raise CheckpointError(f"tensor {tensor.name!r} is in two files")
             tensors[tensor.name] = tensor
+        check_count(len(tensors), "tensors")
     missing = shards.keys() - tensors.keys()
     if missing:
-        raise CheckpointError(f"{chosen.shard_map}: no file has tensor {min(missing)!r}")
-    check_count(len(tensors), "tensors")
+        raise CheckpointError(f"{chosen.shard_map}: no file has tensor {min(missing)[:80]!r}")
     if not tensors:
         raise CheckpointError("the source has no tensors")
     return tensors
@@ -77,6 +81,7 @@ def _shards(raw: RawCheckpoint, chosen: Pick) -> Mapping[str, str]:
     if chosen.shard_map is None:
         return {}
     data = read_all(raw.files[chosen.shard_map], SHARD_MAP_BYTES_MAX)
+    check_values(data, chosen.shard_map)
     shards = parse_json(data, _ShardMap, chosen.shard_map).weight_map
     allowed = set(chosen.weights)
     for tensor, name in shards.items():

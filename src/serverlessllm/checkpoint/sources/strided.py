@@ -189,6 +189,25 @@ def merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[Axis]:
     return axes
 
 
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a view that is not empty, with those between."""
+    return _span(merged(shape, strides))
+
+
+def overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether indices lead to one element that differ in more than an expanded dimension.
+
+    No slice, transpose or expansion of a tensor does; and a read of such a view, element by
+    element, could go on for as long as its author likes.
+    """
+    reach = 1
+    for axis in sorted(merged(shape, strides), key=lambda axis: axis.source):
+        if 0 < axis.source < reach:
+            return True
+        reach += (axis.length - 1) * axis.source
+    return False
+
+
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the elements of a view lie in row-major order, without gaps."""
     if 0 in shape:

@@ -33,13 +33,22 @@ from serverlessllm.checkpoint.sources.base import (
 )
 from serverlessllm.checkpoint.sources.pick import Pick
 from serverlessllm.checkpoint.sources.shards import lay_out_shards
-from serverlessllm.checkpoint.sources.strided import Bands, StridedFile, is_contiguous
+from serverlessllm.checkpoint.sources.strided import (
+    Bands,
+    StridedFile,
+    is_contiguous,
+    overlaps,
+    span,
+)
 from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
-from serverlessllm.core.units import MIB
+from serverlessllm.core.units import GIB, MIB
 
 EXPANSION_MAX: Final = 4
 EXPANSION_BYTES_MAX: Final = 64 * MIB
 """Views may hold more bytes than their file: so many times as many, and as many on top."""
+REREAD_MAX: Final = 64
+REREAD_BYTES_MAX: Final = 1 * GIB
+"""And those that are not in row-major order may lie across so many, read for a few of them."""
 
 
 class StorageFile:
@@ -138,9 +147,13 @@ class _Placing:
         self._storages: dict[str, StorageFile] = {}
         self._read_as: dict[tuple[str, int, int], tuple[str, tuple[int, ...]]] = {}
         self._left_bytes = EXPANSION_MAX * file.size_bytes + EXPANSION_BYTES_MAX
+        self._left_reread_bytes = REREAD_MAX * file.size_bytes + REREAD_BYTES_MAX
 
     def place(self, views: Iterable[TensorView]) -> list[RawTensor]:
-        """Raises CheckpointError: a view that does not lie in its storage, or two of one name."""
+        """Raises CheckpointError: a view that does not lie in its storage, or two of one name.
+
+        Or UnsupportedCheckpoint: a view whose elements overlap.
+        """
         placed = []
         names: set[str] = set()
         for view in views:
@@ -151,7 +164,7 @@ class _Placing:
             try:
                 placed.append(self._place(view))
             except CheckpointError as error:
-                raise CheckpointError(
+                raise type(error)(
                     f"{self._file.name}: tensor {view.name!r}: {error.message}"
                 ) from None
         return placed
@@ -171,15 +184,7 @@ class _Placing:
         offset = view.offset * item_bytes
         if not is_contiguous(view.shape, view.strides) or not self._is_first(view, size):
             offset = 0
-            file = StridedFile(
-                name=f"{storage.name}:{view.dtype}:{view.offset}:{view.shape}:{view.strides}",
-                storage=storage,
-                item_bytes=item_bytes,
-                offset=view.offset,
-                shape=view.shape,
-                strides=view.strides,
-                bands=self._bands,
-            )
+            file = self._strided(view, storage, item_bytes)
         return RawTensor(
             name=view.name,
             dtype=view.dtype,
@@ -187,6 +192,28 @@ class _Placing:
             file=file,
             offset=offset if size else 0,
             size_bytes=size,
+        )
+
+    def _strided(self, view: TensorView, storage: StorageFile, item_bytes: int) -> StridedFile:
+        if overlaps(view.shape, view.strides):
+            raise UnsupportedCheckpoint(
+                "its elements overlap in memory, as windows do: save it with `.contiguous()`; "
+                + WAY_OUT
+            )
+        self._left_reread_bytes -= span(view.shape, view.strides) * item_bytes
+        if self._left_reread_bytes < 0:
+            raise CheckpointError(
+                "the tensors up to this one are slices across one another, and would be read many "
+                "times over: save them with `.contiguous()`"
+            )
+        return StridedFile(
+            name=f"{storage.name}:{view.dtype}:{view.offset}:{view.shape}:{view.strides}",
+            storage=storage,
+            item_bytes=item_bytes,
+            offset=view.offset,
+            shape=view.shape,
+            strides=view.strides,
+            bands=self._bands,
         )
 
     def _storage(self, view: TensorView) -> StorageFile:
