@@ -194,6 +194,8 @@ class Instance:
         self.moving = None
         self.holds_checkpoint = True
         self.arriving = False
+        if self.pending:
+            self.tell(self._at(self.state))
         if self.state is InstanceState.READY:
             self.touch(now_s)  # who was told to come back has its whole idle time for it
             self.whole.set_result(self.ready_event())

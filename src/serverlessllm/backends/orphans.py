@@ -33,13 +33,14 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
 
 
-def record_process(run_dir: Path, pid: int) -> None:
+def record_process(run_dir: Path, pid: int) -> ProcessRecord:
     """Write down in its run directory who `pid` is."""
     stat = read_stat(pid)
     record = ProcessRecord(
         pid=pid, started_ticks=stat.started_ticks if stat else 0, boot_id=boot_id()
     )
     (run_dir / RECORD).write_bytes(msgspec.json.encode(record))
+    return record
 
 
 def kill_orphans(agent_run_dir: Path) -> tuple[int, ...]:
@@ -51,9 +52,14 @@ def kill_orphans(agent_run_dir: Path) -> tuple[int, ...]:
     for run_dir in sorted(path for path in agent_run_dir.iterdir() if path.is_dir()):
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             record = msgspec.json.decode((run_dir / RECORD).read_bytes(), type=ProcessRecord)
-            killed += _kill_session(record)
+            killed += kill_session(record)
         shutil.rmtree(run_dir, ignore_errors=True)
     return tuple(killed)
+
+
+def kill_session(record: ProcessRecord) -> tuple[int, ...]:
+    """End what is left of a recorded process and its session; the pids that were killed."""
+    return tuple(_kill_session(record))
 
 
 def _kill_session(record: ProcessRecord) -> Iterator[int]:

@@ -29,7 +29,7 @@ from serverlessllm.backends.inside.template import (
     REQUESTS_FD,
 )
 from serverlessllm.backends.logs import OutputLog
-from serverlessllm.backends.orphans import record_process
+from serverlessllm.backends.orphans import ProcessRecord, kill_session, record_process
 from serverlessllm.backends.settings import BackendSettings
 from serverlessllm.backends.waits import first, readable
 from serverlessllm.core.clock import Clock
@@ -63,7 +63,7 @@ class Template:
         self._settings = settings
         self._clock = clock
         self._run_dir = run_dir
-        self._followed: dict[int, asyncio.Future[int]] = {}
+        self._followed: dict[int, tuple[asyncio.Future[int], ProcessRecord]] = {}
         self._pid = 0
         self._silent = asyncio.Event()
         self.ended = asyncio.Event()
@@ -152,10 +152,11 @@ class Template:
         pid = int(leash.recv(32) or 0)
         if not pid:
             return None
-        record_process(setting.run_dir, pid)
+        record = record_process(setting.run_dir, pid)
         leash.send(_ACK)
         # It was alive to be sent this, so its end is still to be heard of.
-        exited = self._followed[pid] = asyncio.get_running_loop().create_future()
+        exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._followed[pid] = exited, record
         return Child(pid, exited)
 
     def _hear_of_ends(self) -> None:
@@ -172,17 +173,19 @@ class Template:
             self._keeper_ended()
             return
         pid, status = map(int, told.split())
-        followed = self._followed.pop(pid, None)
-        if followed is not None:
-            followed.set_result(status)
+        if pid in self._followed:
+            exited, _ = self._followed.pop(pid)
+            exited.set_result(status)
         elif pid == self._pid or not self._pid:
             self.ended.set()
 
     def _keeper_ended(self) -> None:
-        """After its last child; or before, and they were killed with it."""
+        """After its last child; or before, and they were killed with it, but what they started
+        was not."""
         asyncio.get_running_loop().remove_reader(self._ends.fileno())
         self._ends.close()
-        for exited in self._followed.values():
+        for exited, record in self._followed.values():
+            kill_session(record)
             exited.set_result(-signal.SIGKILL)
         self._followed.clear()
         self.ended.set()

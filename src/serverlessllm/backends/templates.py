@@ -95,7 +95,11 @@ class Templates:
         place.used_s = self._clock.now_s()
         child = None if template is None else await template.fork(argument, setting)
         if child is None:
-            _log.warning("no fork of a template", module=module, run_dir=setting.run_dir.name)
+            _log.warning(
+                "no fork of a template: executed instead",
+                module=module,
+                run_dir=setting.run_dir.name,
+            )
         return child
 
     def distrust(self, module: str) -> None:
@@ -190,6 +194,6 @@ class Templates:
 
 
 def _report_end(module: str, template: Template) -> None:
-    _log.warning("template failed: instances are executed instead", module=module)
+    _log.warning("template failed: until there is another, instances are executed", module=module)
     for line in template.log_tail:
         _log.warning("template said", module=module, line=line)

@@ -7,6 +7,7 @@ done. Blocks are twice as many as threads, so each thread fills one while anothe
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -128,6 +129,7 @@ class DeviceTier:
             for task in running:
                 task.cancel()
                 await outlast(task)
+            await asyncio.sleep(0)  # their callbacks run
         for checkpoint in tuple(self._entries):
             await self._drop(checkpoint)
         await self._copies.run(self._accelerator.close)

@@ -118,9 +118,8 @@ class TierDirectory:
                 return None
             try:
                 lock_shared(fd)  # an evictor holds the exclusive one for an instant only
-                status = os.fstat(fd)
-                if status.st_nlink:
-                    return Held(checkpoint, path, fd, status.st_size)
+                if _is_named(path, fd):
+                    return Held(checkpoint, path, fd, os.fstat(fd).st_size)
             except BaseException:
                 os.close(fd)
                 raise
@@ -185,6 +184,14 @@ class TierDirectory:
                     unwritten_bytes=max(0, status.st_size - status.st_blocks * 512),
                     last_used=status.st_mtime_ns,
                 )
+
+
+def _is_named(path: Path, fd: int) -> bool:
+    """Whether `path` is still this file: what was evicted may live on under another name, to
+    become another checkpoint."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.lstat(), os.fstat(fd))
+    return False
 
 
 def _is_free(path: Path) -> bool:

@@ -483,6 +483,29 @@ class TestDeath:
         assert await process.exited == -signal.SIGKILL
         await eventually(lambda: is_gone(process.pid))
 
+    async def test_what_instances_started_dies_with_the_keeper_too(
+        self, start: Start, templates: Templates
+    ) -> None:
+        process = start("import os, time\nos.fork()\nprint('up', flush=True); time.sleep(60)")
+        await said(process, "up", "up")
+        os.kill((await of(templates))._keeper.pid, signal.SIGKILL)
+        assert await process.exited == -signal.SIGKILL
+        await eventually(lambda: not list(session_members(process.pid)))
+
+    async def test_each_is_called_what_it_is(self, start: Start, templates: Templates) -> None:
+        process = start(SLEEP)
+        await said(process, "up")
+        keeper = (await of(templates))._keeper.pid
+
+        def names() -> list[str]:
+            pids = (keeper, *children(keeper))
+            return sorted(Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids)
+
+        roles = ["fork", "instance", "keeper", "template"]
+        await eventually(lambda: names() == [f"sllm-{role}" for role in roles], 30)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        assert "NoNewPrivs:\t1" in status
+
     async def test_closing_ends_all(self, start: Start, templates: Templates) -> None:
         process = start(SLEEP)
         await said(process, "up")

@@ -15,8 +15,9 @@ import pytest
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import OutOfSpace
 from serverlessllm.core.ids import CheckpointId
+from serverlessllm.loader import residency
 from serverlessllm.loader.budget import evict, reserve
-from serverlessllm.loader.locks import is_being_written
+from serverlessllm.loader.locks import is_being_written, lock_shared
 from serverlessllm.loader.residency import TierDirectory
 
 A, B, C = (CheckpointId(letter * 64) for letter in "abc")
@@ -195,6 +196,23 @@ def test_memory_that_somebody_may_still_read_is_not_overwritten(
         else:
             assert (dram.path / "another name").read_bytes() == b"a" * 50_000
     assert dram.bin_path(B).read_bytes() == b"b" * 50_000
+
+
+def test_who_opens_what_is_becoming_another_checkpoint_looks_again(
+    dram: TierDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel had found the name before it was gone, and opens the file after the lease."""
+    fill(dram, A)
+
+    def recycled(fd: int) -> None:
+        monkeypatch.undo()
+        dram.bin_path(A).rename(dram.partial_path(B))
+        lock_shared(fd)
+
+    monkeypatch.setattr(residency, "lock_shared", recycled)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - cheap and exact
+    assert dram.hold(A) is None
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
 def test_without_leases_memory_is_given_back_and_taken_anew(

@@ -39,7 +39,9 @@ MESSAGE_BYTES_MAX = 128 * 1024
 DESCRIPTORS_MAX = 16
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = (ctypes.c_int, *4 * (ctypes.c_ulong,))
 
@@ -62,13 +64,16 @@ def start(module: str) -> int:
     ends = socket.socket(fileno=int(os.environ.pop(ENDS_FD)))
     keeper = os.getpid()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.fork():
+        _be_called("keeper")
         requests.close()
         keep(ends)
         return 0
     ends.close()
     _die_with(keeper)
+    _be_called("template")
     engine = _preload(module)
     problem = _unfit_to_fork({requests.fileno()})
     if problem is not None:
@@ -133,6 +138,7 @@ def serve(requests: socket.socket, keeper: int) -> Order | None:
 def _wait_for_order(requests: socket.socket, template: socket.socket, keeper: int) -> Order:
     """An instance at hand: ends when nobody will take it."""
     os.setsid()
+    _be_called("fork")
     with requests, template:
         template.recv(1)  # who forked us is dead, so the keeper is our parent
         _die_with(keeper)
@@ -166,6 +172,7 @@ def become(order: Order) -> None:
             wanted = b""
     if not wanted:
         os._exit(1)
+    _be_called("instance")
     os.dup2(order.output, 1)
     os.dup2(order.output, 2)
     os.close(order.output)
@@ -227,6 +234,12 @@ def _die_with(parent: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was faster
         os._exit(1)
+
+
+def _be_called(role: str) -> None:
+    """What `top` and `ps -o comm` show; the command lines are all the same."""
+    name = ctypes.create_string_buffer(f"sllm-{role}".encode())  # the kernel keeps 15 bytes
+    _prctl(_PR_SET_NAME, ctypes.addressof(name))
 
 
 def _prctl(option: int, value: int) -> None:
