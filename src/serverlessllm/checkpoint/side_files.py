@@ -67,14 +67,27 @@ def collect_side_files(raw: RawCheckpoint) -> tuple[list[RawFile], ModelConfig]:
             parsed = _parse_config(name, data)
             if name == "config.json":
                 config = _model_config(parsed)
-            keys = _CODE_KEYS
-            if name == "adapter_config.json" and parsed.get("auto_mapping") is not None:
-                keys |= _ADAPTER_CODE_KEYS
-            file = MemoryFile(name, _without_code(parsed, data, keys))
+            file = MemoryFile(name, _without_code(name, parsed, data))
         collected.append(file)
     if len(collected) > SIDE_FILES_MAX:
         raise CheckpointError(f"{len(collected)} side files, more than {SIDE_FILES_MAX}")
     return collected, config
+
+
+def check_no_code(file: RawFile) -> None:
+    """Refuse a side file that is stored already and names code.
+
+    Raises:
+        CheckpointError: it does, or is a configuration that cannot be read.
+    """
+    if _IS_CONFIG.fullmatch(file.name) is None:
+        return
+    data = read_all(file, CONFIG_BYTES_MAX)
+    if _without_code(file.name, _parse_config(file.name, data), data) != data:
+        raise CheckpointError(
+            f"{file.name} of this checkpoint names code, which `sllm convert` takes out: convert "
+            "the model's own files"
+        )
 
 
 def _parse_config(name: str, data: bytes) -> dict[str, object]:
@@ -97,9 +110,15 @@ def _model_config(parsed: dict[str, object]) -> ModelConfig:
     )
 
 
-def _without_code(parsed: dict[str, object], data: bytes, keys: frozenset[str]) -> bytes:
-    """The same bytes when nothing names code; else the same JSON without those keys."""
-    found = False
+def _without_code(name: str, parsed: dict[str, object], data: bytes) -> bytes:
+    """The same bytes when nothing names code; else the same JSON without those keys.
+
+    Raises:
+        CheckpointError: nested too deep to tell.
+    """
+    keys, found = _CODE_KEYS, False
+    if name == "adapter_config.json" and parsed.get("auto_mapping") is not None:
+        keys |= _ADAPTER_CODE_KEYS
 
     def clean(value: object) -> object:
         nonlocal found
@@ -110,5 +129,8 @@ def _without_code(parsed: dict[str, object], data: bytes, keys: frozenset[str]) 
             return [clean(item) for item in value]
         return value
 
-    cleaned = clean(parsed)
+    try:
+        cleaned = clean(parsed)
+    except RecursionError:
+        raise CheckpointError(f"{name}: the JSON is nested too deep") from None
     return json.dumps(cleaned, indent=2).encode() + b"\n" if found else data

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from serverlessllm.checkpoint import side_files
 from serverlessllm.checkpoint.convert import Converted, convert, plan_layout
 from serverlessllm.checkpoint.index import Quantization, encode_index
 from serverlessllm.checkpoint.sources.base import MemoryFile, open_file, open_folder
@@ -97,3 +98,14 @@ def test_a_checkpoint_comes_before_all_else():
     chosen = pick(names)
     assert chosen.format == "checkpoint"
     assert sorted(chosen.names) == ["model.bin", "model.idx"]
+
+
+def test_a_config_that_names_code_is_refused(first, tmp_path, monkeypatch):
+    """Digests say what a file is, not that one of ours made it."""
+    source = write_random_safetensors(tmp_path / "other")
+    (source / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Model"}}')
+    monkeypatch.setattr(side_files, "_CODE_KEYS", frozenset())
+    evil = convert(open_folder(source, model="m"), tmp_path / "evil")
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"config\.json of this checkpoint names code"):
+        plan_layout(open_folder(evil.bin_path.parent, model="m"))

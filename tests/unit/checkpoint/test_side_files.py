@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,11 @@ def test_too_long_a_file_is_refused_before_it_is_read(
     os.truncate(tmp_path / name, size_bytes)
     with pytest.raises(CheckpointError, match=name):
         collect_side_files(open_folder(tmp_path, model="m"))
+
+
+@pytest.mark.parametrize("depth", [300, 600, 900, 5000])
+@pytest.mark.parametrize(("begin", "end"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_a_deep_config_is_taken_or_refused(depth: int, begin: bytes, end: bytes) -> None:
+    text = b'{"x":' + begin * depth + b"1" + end * depth + b"}"
+    with suppress(CheckpointError) if depth > 300 else nullcontext():
+        assert collected({"config.json": text})[0] == {"config.json": text}

@@ -9,10 +9,17 @@ import msgspec
 
 from serverlessllm.checkpoint.bounds import INDEX_BYTES_MAX
 from serverlessllm.checkpoint.digests import verify_chunk
-from serverlessllm.checkpoint.index import BIN_NAME, IDX_NAME, Index, decode_index
+from serverlessllm.checkpoint.index import BIN_NAME, IDX_NAME, Index, SideFile, decode_index
 from serverlessllm.checkpoint.layout import Layout, Segment
 from serverlessllm.checkpoint.reader import corrupt_chunk
-from serverlessllm.checkpoint.sources.base import RawCheckpoint, RawFile, read_all
+from serverlessllm.checkpoint.side_files import CONFIG_BYTES_MAX, check_no_code
+from serverlessllm.checkpoint.sources.base import (
+    MemoryFile,
+    RawCheckpoint,
+    RawFile,
+    read_all,
+    read_at,
+)
 from serverlessllm.core.errors import CheckpointError
 
 
@@ -20,7 +27,8 @@ def finished_layout(raw: RawCheckpoint) -> Layout:
     """The layout that a checkpoint has already.
 
     Raises:
-        CheckpointError: its index is not valid, or is of another `.bin`.
+        CheckpointError: its index is not valid, or is of another `.bin`; or it names code, which
+            no conversion of ours leaves in.
     """
     index = decode_index(read_all(raw.files[IDX_NAME], INDEX_BYTES_MAX))
     file = raw.files[BIN_NAME]
@@ -32,6 +40,9 @@ def finished_layout(raw: RawCheckpoint) -> Layout:
     whole = Segment(
         offset=0, size_bytes=index.size_bytes, file=_CheckedFile(file, index), source_offset=0
     )
+    for side_file in index.side_files:
+        if side_file.name.endswith("config.json"):  # a read of others would be a read of chunks
+            check_no_code(_part(whole.file, side_file))
     return Layout(
         kind=index.kind,
         size_bytes=index.size_bytes,
@@ -45,6 +56,12 @@ def finished_layout(raw: RawCheckpoint) -> Layout:
         quantization=index.quantization,
         license=index.license,
     )
+
+
+def _part(file: RawFile, of: SideFile) -> RawFile:
+    """A side file where it lies in the `.bin`; one too long to look at is left to be refused."""
+    size_bytes = min(of.size_bytes, CONFIG_BYTES_MAX + 1)
+    return MemoryFile(of.name, read_at(file, of.offset, size_bytes))
 
 
 class _CheckedFile(msgspec.Struct, frozen=True):
