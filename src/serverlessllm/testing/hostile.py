@@ -44,6 +44,10 @@ def _lying_views() -> Iterator[tuple[str, bytes]]:
         "no strides": tensor(strides=numbers([])),
         "nine dimensions": tensor(shape=numbers([1] * 9), strides=numbers([1] * 9)),
         "a product that overflows": tensor(shape=numbers([1 << 32] * 2), strides=numbers([0, 0])),
+        "windows without end": tensor(shape=numbers([2, 3]), strides=numbers([1, 1])),
+        "elements that overlap far apart": tensor(
+            storage(elements=number(4)), shape=numbers([2] * 8), strides=numbers([0] * 6 + [1, 1])
+        ),
         "an expanded terabyte": tensor(shape=numbers([1 << 38]), strides=numbers([0])),
         "two dimensions of an expanded terabyte": tensor(
             shape=numbers([1 << 19, 1 << 19]), strides=numbers([0, 0])

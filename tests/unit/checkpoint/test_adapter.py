@@ -105,13 +105,22 @@ def test_a_whole_model_comes_before_an_adapter() -> None:
         ("./out/base", "base"),
         ("a/b/c", "c"),
         (r"C:\models\base", "base"),
+        ("/root/.cache/huggingface/hub/models--org--base-1B/snapshots/0123abcd", "org/base-1B"),
+        ("/x/models--gpt2/snapshots/0123abcd/", "gpt2"),
     ],
 )
 def test_a_path_of_another_machine_is_no_name(text: str, name: str) -> None:
     assert base_name(text) == name
 
 
-@pytest.mark.parametrize("text", ["", "/", "..", "a\x1b[31m", "x" * 600, "/models/.hidden", "a b"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "/", "..", "a\x1b[31m", "x" * 600, "/models/.hidden", "a b"),
+        *("https://example.org/org/base", "file:///etc/passwd", "a/..", "../..", "~"),
+        *("org/base\0", "\u202eorg/base", "org/\u0661"),
+    ],
+)
 def test_what_names_no_model_is_refused(text: str) -> None:
     with pytest.raises(CheckpointError, match="base_model_name_or_path"):
         base_name(text)

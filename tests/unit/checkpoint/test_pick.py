@@ -117,3 +117,10 @@ def test_what_a_trainer_leaves_is_no_model() -> None:
 def test_no_weights() -> None:
     with pytest.raises(CheckpointError, match=r"no \.safetensors, no \.gguf and no PyTorch file"):
         pick(["config.json", "adapter_model.safetensors"])
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J.bin", "a\n.safetensors", "\udcff.gguf", "\u202e.pt"])
+def test_a_name_that_does_not_print_is_passed_over(name: str) -> None:
+    assert pick([name, "model.safetensors"]).weights == ("model.safetensors",)
+    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
+        pick([name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -51,6 +52,31 @@ def test_what_is_beside_tensors_is_left_out() -> None:
         )
     )
     assert found.tensors == (PLAIN,)
+
+
+def test_what_torch_takes_beside_tensors_is_left_out_too() -> None:
+    """The rest of `torch.load(weights_only=True)`: what optimizers and schedulers keep."""
+    beside = {
+        "milestones": Counter([30, 60]),
+        "seen": {1, 2},
+        "raw": bytearray(b"x"),
+        "bytes": b"x",
+        "complex": 1j,
+        "by number": {0: "a", -1: "b", 1 << 60: "c", 0.5: "d", None: "e", True: "f"},
+    }
+    for protocol in (2, 3):
+        body = pickle.dumps(beside, protocol)[2:-1]
+        made = state_dict({"a": tensor()})[:-1] + text("beside") + body + b"s."
+        assert read_state_dict(made).tensors == (PLAIN,)
+
+
+def test_tensors_in_a_counter_are_found() -> None:
+    hidden = b"ccollections\nCounter\n}" + text("x") + tensor() + b"s\x85R"
+    with pytest.raises(UnsupportedCheckpoint, match="'b' holds tensors in a container"):
+        read_state_dict(state_dict({"a": tensor(), "b": hidden}))
+    numbered = pickle_of(b"}" + text("a") + tensor() + b"sK\x07]" + tensor() + b"as")
+    with pytest.raises(UnsupportedCheckpoint, match="'7' holds tensors in a container"):
+        read_state_dict(numbered)
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "module"])
@@ -122,6 +148,15 @@ def test_a_refusal_names_what_and_where() -> None:
         read_state_dict(b"\x80\x02cos\nsystem\n(X\x04\0\0\0truetR.")
     with pytest.raises(UnsupportedCheckpoint, match=r"byte 3 of the pickle: opcode EXT1"):
         read_state_dict(b"\x80\x02N\x82\x01.")
+    for full, says in (
+        ("torch.nn.modules.linear Linear", r"a whole model.*model\.state_dict\(\)"),
+        ("transformers.models.llama.modeling_llama LlamaForCausalLM", "save_pretrained"),
+        ("numpy._core.multiarray scalar", r"'numpy\._core\.multiarray\.scalar', a NumPy.*item\(\)"),
+        ("pathlib PosixPath", "an object of a program"),
+    ):
+        name = full.replace(" ", "\n").encode()
+        with pytest.raises(UnsupportedCheckpoint, match=f"byte 2 of the pickle: .*{says}"):
+            read_state_dict(pickle_of(b"c" + name + b"\n"))
     with pytest.raises(UnsupportedCheckpoint, match="quantized"):
         read_state_dict(pickle_of(b"ctorch._utils\n_rebuild_qtensor\n"))
 

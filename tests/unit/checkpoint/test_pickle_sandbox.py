@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
 from serverlessllm.checkpoint.pickles import sandbox
 from serverlessllm.checkpoint.pickles.interpreter import PICKLE_BYTES_MAX, read_state_dict
-from serverlessllm.checkpoint.pickles.sandbox import read_state_dict_apart
+from serverlessllm.checkpoint.pickles.sandbox import decode_answer, read_state_dict_apart
 from serverlessllm.core.errors import CheckpointError, SourceUnavailable, UnsupportedCheckpoint
 from serverlessllm.testing.hostile_pickles import hostile_pickles
 from serverlessllm.testing.torch_files import state_dict, tensor
@@ -108,19 +109,32 @@ def test_too_long_a_pickle_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         read_state_dict_apart(PICKLE)
 
 
-VIEW = '["a","F32","0",16,0,[4],[1]]'
+HEAD = '{"tensors":1,"wrapped_in":[]}\n'
+VIEW = '["a","F32","0",16,0,[4],[1]]\n'
 LIES = {
     "no JSON": "hello",
     "nothing": "",
-    "no object": "[]",
-    "an unknown field": '{"tensors":[],"more":1}',
-    "a view of other parts": '{"tensors":[["a"]],"wrapped_in":[]}',
-    "a number that is text": '{"tensors":[["a","F32","0","16",0,[4],[1]]],"wrapped_in":[]}',
-    "a negative number": '{"tensors":[["a","F32","0",16,-1,[4],[1]]],"wrapped_in":[]}',
-    "a negative stride": '{"tensors":[["a","F32","0",16,0,[4],[-1]]],"wrapped_in":[]}',
-    "a number over 63 bits": '{"tensors":[["a","F32","0",16,0,[9223372036854775808],[1]]]}',
-    "a fraction": '{"tensors":[["a","F32","0",16,0.5,[4],[1]]],"wrapped_in":[]}',
-    "a cut answer": '{"tensors":[' + VIEW,
+    "no object": "[]\n",
+    "an unknown field": '{"tensors":0,"more":1}\n',
+    "a negative count": '{"tensors":-1}\n',
+    "a count of too many": '{"tensors":200001}\n' + VIEW,
+    "one tensor more": HEAD + VIEW + VIEW,
+    "one tensor less": HEAD,
+    "an empty tensor": HEAD + "\n",
+    "a view of other parts": HEAD + '["a"]\n',
+    "a number that is text": HEAD + VIEW.replace("16", '"16"'),
+    "a negative number": HEAD + VIEW.replace(",0,", ",-1,"),
+    "a negative stride": HEAD + VIEW.replace("[1]", "[-1]"),
+    "a number over 63 bits": HEAD + VIEW.replace("[4]", "[9223372036854775808]"),
+    "a number of 5,000 digits": HEAD + VIEW.replace("[4]", f"[{'9' * 5000}]"),
+    "a fraction": HEAD + VIEW.replace(",0,", ",0.5,"),
+    "a type of half a byte": HEAD + VIEW.replace("F32", "F4"),
+    "a type of no tensor": HEAD + VIEW.replace("F32", "F33"),
+    "a name that acts on a terminal": HEAD + VIEW.replace('"a"', r'"\u001b[2J"'),
+    "a name of half a character": HEAD + VIEW.replace('"a"', r'"\ud800"'),
+    "a storage with a long name": HEAD + VIEW.replace('"0"', f'"{"0" * 65}"'),
+    "a long line": HEAD + VIEW.replace("[4]", f"[4{',1' * 5000}]"),
+    "a cut answer": HEAD + VIEW[:-1],
 }
 
 
@@ -133,6 +147,17 @@ def test_a_child_that_lies_is_not_believed(lie: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sandbox, "_CHILD", speaking(lie))
     with pytest.raises(CheckpointError):
         read_state_dict_apart(PICKLE)
+
+
+def test_an_answer_takes_no_more_memory_than_its_tensors() -> None:
+    lie = b'{"tensors":200000}\n' + b"\n" * (32 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="of no use"):
+            decode_answer(lie)
+        assert tracemalloc.get_traced_memory()[1] < (64 + 16) << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_a_child_says_cannot_act_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,39 @@ def test_ties_noted_in_the_metadata_are_aliases() -> None:
 def test_a_file_without_tensors_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no tensors"):
         layout_of({"model.safetensors": safetensors_bytes({})})
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "", "x" * 513])
+def test_a_tie_in_the_metadata_under_no_name_is_refused(name: str) -> None:
+    data = safetensors_bytes({"a": u8(b"abc")}, {name: "a"})
+    with pytest.raises(CheckpointError, match="name of a tensor that was left out"):
+        layout_of({"model.safetensors": data})
+
+
+def test_an_architecture_that_acts_on_a_terminal_is_refused() -> None:
+    data = safetensors_bytes({"a": u8(b"abc")})
+    config = json.dumps({"architectures": ["\x1b[2J"]}).encode()
+    with pytest.raises(CheckpointError, match=r"config\.json: architecture"):
+        layout_of({"model.safetensors": data, "config.json": config})
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [b'"a":0,' * 2_000_000, b'"a":[' + b"0," * 3_000_000, b'"a":[' + b"[" * 3_000_000],
+    ids=["members", "items", "depth"],
+)
+def test_json_of_millions_of_values_is_refused_before_it_is_built(inside: bytes) -> None:
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match="more values than a model's tensors need"):
+        read_header(file_of(b"{" + inside + b"}"))
+    with pytest.raises(CheckpointError, match="more values than a model's tensors need"):
+        layout_of({SHARD_MAP: inside, "model-00001-of-00001.safetensors": b""})
+    assert time.process_time() - started < 2
+
+
+def test_a_refusal_is_short_however_long_a_name_is() -> None:
+    shard = "a-00001-of-00001.safetensors"
+    weight_map = json.dumps({"weight_map": {"x" * 100_000: shard}}).encode()
+    with pytest.raises(CheckpointError, match="no file has tensor") as refused:
+        layout_of({SHARD_MAP: weight_map, shard: safetensors_bytes({"a": u8(b"abc")})})
+    assert len(refused.value.message) < 300

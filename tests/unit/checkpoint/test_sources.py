@@ -30,6 +30,13 @@ def test_only_files_at_the_top_count(tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in raw.source
 
 
+def test_names_that_act_on_a_terminal_are_left_out(tmp_path: Path) -> None:
+    for name in (b"\x1b[2J.bin", b"a\n", b"\xff\xfe.pt", "\u202e.gguf".encode()):
+        (Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))).touch()
+    (tmp_path / "caf\u00e9.bin").touch()
+    assert list(open_folder(tmp_path, model="m").files) == ["caf\u00e9.bin"]
+
+
 def test_a_link_inside_the_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(b"x")
     (tmp_path / "link").symlink_to("real")

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from serverlessllm.checkpoint.sources import strided
 from serverlessllm.checkpoint.sources.base import MemoryFile
-from serverlessllm.checkpoint.sources.strided import Bands, StridedFile, is_contiguous
+from serverlessllm.checkpoint.sources.strided import (
+    Bands,
+    StridedFile,
+    is_contiguous,
+    overlaps,
+    span,
+)
 
 
 def row_major(data: bytes, item: int, offset: int, shape: list[int], strides: list[int]) -> bytes:
@@ -109,3 +115,32 @@ def test_what_is_contiguous() -> None:
     assert not is_contiguous((2, 3), (1, 2))
     assert not is_contiguous((2, 3), (4, 1))
     assert not is_contiguous((3,), (0,))
+
+
+@given(axes)
+def test_what_overlaps(axes: list[tuple[int, int]]) -> None:
+    """Never said of a view whose elements are apart, but for those that are expanded."""
+    shape, strides = tuple(n for n, _ in axes), tuple(stride for _, stride in axes)
+    moving = [(n, stride) for n, stride in axes if n > 1 and stride]
+    places = [
+        sum(index * stride for index, (_, stride) in zip(indices, moving, strict=True))
+        for indices in itertools.product(*(range(n) for n, _ in moving))
+    ]
+    assert span(shape, strides) == max(places) + 1
+    if len(set(places)) < len(places):
+        assert overlaps(shape, strides)
+
+
+def test_slices_and_transposes_do_not_overlap() -> None:
+    for shape, strides in (
+        ((3, 4), (4, 1)),
+        ((4, 3), (1, 4)),
+        ((3, 2), (8, 2)),
+        ((6, 5), (0, 1)),
+        ((2, 3, 4), (1, 2, 6)),
+        ((5,), (6,)),
+        ((), ()),
+    ):
+        assert not overlaps(shape, strides)
+    assert overlaps((3, 3), (1, 1))
+    assert overlaps((3, 2), (1, 2))

@@ -15,7 +15,7 @@ from serverlessllm.checkpoint.pickles.archive import check_local, read_directory
 from serverlessllm.checkpoint.pickles.interpreter import read_state_dict
 from serverlessllm.checkpoint.sources import torch_zip as source
 from serverlessllm.checkpoint.sources.base import MemoryFile, RawFile, open_file
-from serverlessllm.core.errors import CheckpointError
+from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
 from serverlessllm.testing.checkpoints import raw_checkpoint
 from serverlessllm.testing.hostile_zips import HostileArchive, hostile_archives
 from serverlessllm.testing.torch_files import (
@@ -210,3 +210,22 @@ def test_a_directory_with_another_byte_is_read_or_refused(position: int, value: 
 def test_no_cut_archive_is_accepted(length: int) -> None:
     with pytest.raises(CheckpointError):
         read_directory(MemoryFile("m.pt", GOOD[:length]))
+
+
+def test_windows_over_a_storage_are_refused_with_the_way_out() -> None:
+    """Each of their elements would be a read: a gigabyte of them takes hours."""
+    windows = tensor(shape=numbers([3, 2]), strides=numbers([1, 1]))
+    with pytest.raises(UnsupportedCheckpoint, match=r"'a': its elements overlap.*contiguous.*save"):
+        read(state_dict({"a": windows}), _0=BYTES)
+
+
+def test_slices_across_a_storage_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "REREAD_BYTES_MAX", 30)
+    monkeypatch.setattr(source, "REREAD_MAX", 0)
+    slices = {
+        name: tensor(offset=number(at), shape=numbers([2]), strides=numbers([2]))
+        for at, name in enumerate(("even", "odd"))
+    }
+    assert len(read(state_dict(slices), _0=BYTES).tensors) == 2
+    with pytest.raises(CheckpointError, match=r"'more': .*slices across one another"):
+        read(state_dict(slices | {"more": slices["even"]}))
