@@ -204,7 +204,7 @@ class Instance:
     def _at(self, state: InstanceState) -> LoadEvent:
         """On its way, or ready while its bytes still move: for who waits, that is loading."""
         if self.moving is None:
-            return LoadEvent(state=state)
+            return LoadEvent(state=state, stage="start" if state is InstanceState.STARTING else "")
         state = state if self.pending else InstanceState.LOADING
         return msgspec.structs.replace(self.moving, state=state)
 
