@@ -6,7 +6,7 @@ import asyncio
 import base64
 import uuid
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar, cast
@@ -136,7 +136,7 @@ class Api:
 
         Raises:
             ContextTooLong: a prompt leaves no room for an answer.
-            InvalidRequest: too many answers.
+            InvalidRequest: too many answers, or a bias of a token that there is not.
         """
         if len(prompts) * ask.answers > ANSWERS_MAX:
             raise InvalidRequest(f"n: at most {ANSWERS_MAX} answers at once", param="n")
@@ -146,6 +146,7 @@ class Api:
             wanted = room if ask.tokens_max is None else min(ask.tokens_max, room)
             for answer in range(ask.answers):
                 chosen = sampling(ask, self._defaults, answer)
+                self._check_ids("logit_bias", chosen.logit_bias)
                 orders.append(Order(prompt=prompt, sampling=chosen, tokens_max=wanted, echo=echo))
         return orders
 
@@ -254,11 +255,14 @@ class Api:
         """
         if isinstance(given, str):
             return await self._beside_if(len(given) > _LONG_CHARS, lambda: self._text.encode(given))
+        self._check_ids(param, given)
+        return given
+
+    def _check_ids(self, param: str, given: Iterable[int]) -> None:
         table = cast(torch.nn.Embedding, self._weights.model.get_input_embeddings())
         vocabulary = table.weight.shape[0]
-        if max(given, default=0) >= vocabulary:
+        if not all(0 <= token < vocabulary for token in given):
             raise InvalidRequest(f"{param}: token ids are below {vocabulary}", param=param)
-        return given
 
     async def _beside_if(self, beside: bool, work: Callable[[], _T]) -> _T:
         """Long work in a thread, so that streams go on."""

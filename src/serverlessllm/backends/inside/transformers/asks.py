@@ -18,11 +18,12 @@ from serverlessllm.core.errors import InvalidJSON, InvalidRequest
 ANSWERS_MAX = 256
 """Prompts times `n` of one request."""
 _STOPS_MAX = 16
+_ROLES = ("system", "developer", "user", "assistant")
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<field>[^`]*)`")
 _TRIVIAL = ("{}", "[]", "null", '"none"', '"auto"', '{"type":"text"}')
 
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
 Number = Annotated[int, Meta(ge=0, le=1 << 31)]
 
 
@@ -47,6 +48,8 @@ class _Part(msgspec.Struct, frozen=True):
 class _RawMessage(msgspec.Struct, frozen=True):
     role: str
     content: str | list[_Part] | None = None
+    tool_calls: msgspec.Raw = msgspec.Raw(b"null")
+    function_call: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,10 +123,7 @@ class ChatAsk(Ask, frozen=True, kw_only=True):
         Raises:
             InvalidRequest: one has something other than text.
         """
-        return [
-            Message(role=message.role, content=_content(place, message.content))
-            for place, message in enumerate(self.messages)
-        ]
+        return [_message(place, message) for place, message in enumerate(self.messages)]
 
 
 class CompletionAsk(Ask, frozen=True, kw_only=True):
@@ -172,7 +172,7 @@ def read(body: bytes, type_: type[Body]) -> Body:
         raise InvalidJSON(f"the body is not JSON: {error}") from None
     for field in ("tools", "tool_choice", "functions", "response_format", "dimensions"):
         value: msgspec.Raw | None = getattr(ask, field, None)
-        if value is not None and bytes(value).decode().replace(" ", "") not in _TRIVIAL:
+        if value is not None and _says(value):
             raise InvalidRequest(f"{field}: this model's engine has none", param=field)
     if isinstance(ask, CompletionAsk):
         _check_completion(ask)
@@ -225,6 +225,25 @@ def _bias(bias: dict[str, float] | None) -> dict[int, float]:
         return {int(token): value for token, value in (bias or {}).items()}
     except ValueError:
         raise InvalidRequest("logit_bias: keys are token ids", param="logit_bias") from None
+
+
+def _says(value: msgspec.Raw) -> bool:
+    """Whether a field is there to say something."""
+    return bytes(value).decode().replace(" ", "") not in _TRIVIAL
+
+
+def _message(place: int, message: _RawMessage) -> Message:
+    if message.role not in _ROLES:
+        param = f"messages[{place}].role"
+        known = ", ".join(_ROLES)
+        raise InvalidRequest(f"{param}: one of {known}, not {message.role!r}", param=param)
+    for field in ("tool_calls", "function_call"):
+        if _says(getattr(message, field)):
+            param = f"messages[{place}].{field}"
+            raise InvalidRequest(f"{param}: this model's engine has no tools", param=param)
+    # The newer name of the same role, which hardly a chat template knows.
+    role = "system" if message.role == "developer" else message.role
+    return Message(role=role, content=_content(place, message.content))
 
 
 def _content(place: int, content: str | list[_Part] | None) -> str:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections.abc import Callable
-from typing import cast
+import mmap
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import msgspec
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
@@ -223,7 +225,8 @@ class _Manager(ContinuousBatchingManager):
         return 0 if self.runner is None else self.runner.steps
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
-        processor = super()._create_batch_processor()
+        with _KernelZeros():
+            processor = super()._create_batch_processor()
         self.runner = _Runner(
             logit_processor=processor.logit_processor,
             cb_config=processor.cb_config,
@@ -275,6 +278,30 @@ def _manager(model: PreTrainedModel, limits: BatchLimits) -> _Manager:
         )
     except (ValueError, AttributeError) as error:
         raise LoadFailed(f"transformers cannot batch {type(model).__name__}: {error}") from error
+
+
+class _KernelZeros(TorchFunctionMode):
+    """Zeros as the kernel gives them: memory is taken when a page is first written to. The
+    library's own cache would be written to, all of it, before the first token."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        given = dict(kwargs or {})
+        if (
+            func is torch.zeros
+            and isinstance(args[0], int)
+            and args[0] > 0
+            and given.get("dtype") is torch.uint8
+            and torch.device(given.get("device", "cpu")).type == "cpu"
+        ):
+            pages = mmap.mmap(-1, args[0], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return torch.frombuffer(pages, dtype=torch.uint8)
+        return func(*args, **given)
 
 
 class _Runner(ModelRunner):

@@ -64,7 +64,6 @@ async def _serve(asked: EngineParameters, index: Index) -> int:
     )
     said = _generation_config(files)
     generator = Generator(weights.model, limits, lambda: _end(ended, ENGINE_FAILED_STATUS))
-    generator.start()  # its thread makes the cache while this one reads the tokenizer
     text = Text(files, Path(asked.run_dir))
     api = Api(
         model=asked.model,
@@ -81,6 +80,7 @@ async def _serve(asked: EngineParameters, index: Index) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _end, ended, 0)
     await server.start(Address(f"unix:{asked.socket}"))
     _tell_ready()
+    generator.start()  # its thread makes the cache while the first request is on its way
     gc.collect()
     gc.freeze()
     status = await ended

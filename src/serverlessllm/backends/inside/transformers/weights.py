@@ -8,6 +8,7 @@ from typing import cast
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from serverlessllm.backends.inside.quantize.running import run_in_place
@@ -112,13 +113,14 @@ def _load(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of its weights that nothing was given for."""
     try:
-        loaded = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=views,
-            device_map=None if device == "cpu" else {"": device},
-            output_loading_info=True,
-        )
+        with no_init_weights():  # else each layer draws random numbers, to be thrown away
+            loaded = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=views,
+                device_map=None if device == "cpu" else {"": device},
+                output_loading_info=True,
+            )
     except (RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
         text = f"{type(error).__name__}: {error}"
         raise LoadFailed(f"transformers cannot build {model_class.__name__}: {text}") from error
