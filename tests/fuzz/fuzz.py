@@ -18,13 +18,17 @@ with atheris.instrument_imports(include=["serverlessllm.checkpoint"]):
     from targets import TARGETS
 
 from bounded import Bounded  # noqa: E402 - found by the line above
-from mutate import mutate_json, mutate_pickle  # noqa: E402
+from mutate import mutate_json, mutate_lines, mutate_pickle  # noqa: E402
 
 MUTATORS = {
+    "adapter_config": mutate_json,
     "index": mutate_json,
+    "names": mutate_lines,
     "pickle": mutate_pickle,
+    "pickle_answer": mutate_lines,
     "safetensors_header": mutate_json,
     "shard_map": mutate_json,
+    "torch_file": mutate_pickle,
 }
 
 

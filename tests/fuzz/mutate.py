@@ -1,11 +1,11 @@
-"""Mutations that keep JSON and pickles whole: random bytes seldom get past the first brace."""
+"""Mutations that keep JSON, lines and pickles whole: random bytes seldom get past a brace."""
 
 from __future__ import annotations
 
 import json
 import pickletools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import atheris
@@ -51,17 +51,29 @@ def mutate_pickle(data: bytes, size_max: int, seed: int) -> bytes:
     opcodes = _opcodes(data) if chance.random() < 0.5 else []
     if len(opcodes) < 2:
         return bytes(atheris.Mutate(data, size_max))
-    first, second = chance.randrange(len(opcodes)), chance.randrange(len(opcodes))
+    _shuffle(opcodes, chance, lambda opcode: bytes(atheris.Mutate(opcode, 64)))
+    return b"".join(opcodes)[:size_max]
+
+
+def mutate_lines(data: bytes, size_max: int, seed: int) -> bytes:
+    """Drop, repeat, swap or change one line, as JSON where it is."""
+    chance = random.Random(seed)
+    lines = data.split(b"\n")
+    _shuffle(lines, chance, lambda line: mutate_json(line, 1024, seed))
+    return b"\n".join(lines)[:size_max]
+
+
+def _shuffle(parts: list[bytes], chance: random.Random, change: Callable[[bytes], bytes]) -> None:
+    first, second = chance.randrange(len(parts)), chance.randrange(len(parts))
     match chance.randrange(4):
         case 0:
-            del opcodes[first]
+            del parts[first]
         case 1:
-            opcodes.insert(first, opcodes[second])
+            parts.insert(first, parts[second])
         case 2:
-            opcodes[first], opcodes[second] = opcodes[second], opcodes[first]
+            parts[first], parts[second] = parts[second], parts[first]
         case _:
-            opcodes[first] = bytes(atheris.Mutate(opcodes[first], 64))
-    return b"".join(opcodes)[:size_max]
+            parts[first] = change(parts[first])
 
 
 def _opcodes(data: bytes) -> list[bytes]:

@@ -33,6 +33,12 @@ def check_text(text: str, what: str) -> None:
         raise CheckpointError(f"{what} {text[:80]!r}… is longer than {NAME_BYTES_MAX} bytes")
 
 
+def printable(text: str, chars_max: int = 500) -> str:
+    """What a stranger may have had a part in, for a message: cut, and with nothing that acts."""
+    text = text[:chars_max]
+    return text if text.isprintable() else ascii(text)[:chars_max]
+
+
 def check_count(count: int, what: str, limit: int = TENSORS_MAX) -> None:
     """Refuse more of something than any real model has."""
     if not 0 <= count <= limit:

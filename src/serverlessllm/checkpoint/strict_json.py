@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from serverlessllm.checkpoint.bounds import TENSORS_MAX
+from serverlessllm.checkpoint.bounds import TENSORS_MAX, printable
 from serverlessllm.core.errors import CheckpointError
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def parse_json(data: bytes, type_: type[T], what: str) -> T:
     except RecursionError:
         raise CheckpointError(f"{what}: the JSON is nested too deep") from None
     except ValueError as error:  # our own, or where json is stricter than msgspec
-        raise CheckpointError(f"{what}: {error}"[:500]) from None
+        raise CheckpointError(printable(f"{what}: {error}")) from None
     return parsed
 
 
@@ -60,7 +60,7 @@ def decode_json(data: bytes, type_: type[T], what: str) -> T:
     except RecursionError:
         raise CheckpointError(f"{what}: the JSON is nested too deep") from None
     except ValueError as error:  # msgspec's own, or not UTF-8
-        raise CheckpointError(f"{what}: {error}"[:500]) from None
+        raise CheckpointError(printable(f"{what}: {error}")) from None
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> None:

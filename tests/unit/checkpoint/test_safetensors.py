@@ -292,3 +292,20 @@ def test_a_refusal_is_short_however_long_a_name_is() -> None:
     with pytest.raises(CheckpointError, match="no file has tensor") as refused:
         layout_of({SHARD_MAP: weight_map, shard: safetensors_bytes({"a": u8(b"abc")})})
     assert len(refused.value.message) < 300
+
+
+def test_a_refusal_cannot_act_on_a_terminal() -> None:
+    with pytest.raises(CheckpointError, match="unknown field") as refused:
+        read_header(file_of({"a": {**entry(0, 64), "\x1b[2J": 1}}))
+    assert refused.value.message.isprintable()
+
+
+def test_a_map_without_a_shard_says_what_a_shard_is_called() -> None:
+    data = safetensors_bytes({"a": u8(b"abc")})
+    with pytest.raises(CheckpointError, match=r"called like model-00001-of-00002\.safetensors"):
+        layout_of({SHARD_MAP: b'{"weight_map": {}}', "a.safetensors": data})
+
+
+def test_a_source_of_empty_tensors_is_refused_before_it_is_written() -> None:
+    with pytest.raises(CheckpointError, match="all tensors of the source are empty"):
+        layout_of({"model.safetensors": safetensors_bytes({"a": u8(b"")})})

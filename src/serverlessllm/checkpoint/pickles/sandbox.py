@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 import serverlessllm
-from serverlessllm.checkpoint.bounds import check_count, check_text
+from serverlessllm.checkpoint.bounds import check_count, check_text, printable
 from serverlessllm.checkpoint.pickles.builders import TORCH_DTYPES
 from serverlessllm.checkpoint.pickles.child import MESSAGE_CHARS_MAX
 from serverlessllm.checkpoint.pickles.interpreter import PICKLE_BYTES_MAX
@@ -98,9 +98,8 @@ def _bounded(line: bytes) -> bytes:
 
 
 def _refusal(message: str, unsupported: bool) -> CheckpointError:
-    message = message[:MESSAGE_CHARS_MAX]
-    message = message if message.isprintable() else ascii(message)
-    return (UnsupportedCheckpoint if unsupported else CheckpointError)(message)
+    kind = UnsupportedCheckpoint if unsupported else CheckpointError
+    return kind(printable(message, MESSAGE_CHARS_MAX))
 
 
 def _view(line: bytes) -> TensorView:

@@ -105,6 +105,11 @@ def _pick_tensors(
     elif usual_map in present:
         shard_map = usual_map
         weights = [name for name in files if _shard(name)]
+        if not weights:
+            raise CheckpointError(
+                f"{usual_map} is here, but no shard: none of {_listed(files)} is called like "
+                f"{usual.replace('.', '-00001-of-00002.')}"
+            )
     elif len(files) == 1 and not _shard(files[0]):
         weights = files
     else:

@@ -52,6 +52,8 @@ def lay_out_shards(
     check_count(len(aliases), "names of tensors that were left out")
     if config.architecture is not None:
         check_text(config.architecture, "config.json: architecture")
+    if not any(tensor.size_bytes for tensor in kept.values()):
+        raise CheckpointError("all tensors of the source are empty")
     return arrange(kept.values(), side_files, aliases=aliases, architecture=config.architecture)
 
 
