@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from functools import partial
 
 import pytest
 from crc32c import crc32c
@@ -119,6 +120,10 @@ async def until_ready_early(cluster):
     await eventually(ready, within_s=20.0)
 
 
+def commented(reading: Reading, count: int) -> bool:
+    return len(reading.comments) > count
+
+
 async def test_who_streams_hears_of_the_bytes_until_its_first_token():
     async with cluster_of(0) as (cluster, store, client, said):
         address = Address(cluster.url)
@@ -126,11 +131,11 @@ async def test_who_streams_hears_of_the_bytes_until_its_first_token():
         await until_ready_early(cluster)
         second = Reading(client, address)  # it never saw the engine start
         for each in (first, second):
-            await eventually(lambda each=each: told(each, 0), within_s=20.0)
+            await eventually(partial(told, each, 0), within_s=20.0)
         store.let(CHUNK_BYTES - 1)  # nothing more
         for each in (first, second):
             count = len(each.comments)
-            await eventually(lambda e=each, n=count: len(e.comments) > n + 2, within_s=20.0)
+            await eventually(partial(commented, each, count + 2), within_s=20.0)
             assert each.texts == []
         store.let()
         for each in (first, second):
