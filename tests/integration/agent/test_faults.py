@@ -275,11 +275,12 @@ class TestCluster:
             newer = await other.register_agent(AgentId("one"), 60.0)
             await other.write_agent(newer, record)
 
-            async def accepts() -> bool:
-                return (await agent.status()).accepting
-
             async def fenced() -> bool:
-                return not await accepts()
+                return not (await agent.status()).accepting
+
+            async def serves_again() -> bool:
+                record = await agent.status()
+                return record.accepting and record.epoch > newer.epoch
 
             await eventually(fenced)
             status, answer, response = await agent.chat(MODEL)
@@ -294,8 +295,7 @@ class TestCluster:
             (seen,) = await other.list_agents()
             assert seen.epoch == newer.epoch
             await other.deregister(newer)
-            await eventually(accepts)
-            assert (await agent.status()).epoch > newer.epoch
+            await eventually(serves_again)
             assert (await agent.load(fake_spec())).state == "ready"
 
     async def test_two_of_one_name_do_not_start_on_one_machine(self, machine: Machine) -> None:
