@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-RUNS = 10_000
+RUNS = 5_000
 TARGETS = sorted(folder.name for folder in (HERE / "corpus").iterdir())
 
 PLANTED = """

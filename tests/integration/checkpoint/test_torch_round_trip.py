@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,6 +92,56 @@ def test_a_module_with_tied_weights_in_a_training_checkpoint(tmp_path: Path) -> 
     assert done.index.aliases == {"1.weight": "0.weight"}
 
 
+def projects() -> tuple[dict[str, torch.Tensor], dict[str, tuple[object, str]]]:
+    """A state dict; what trainers save of it, and what they put before its names."""
+    module = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 60]).state_dict()
+    state = module.state_dict()
+    assert hasattr(state, "_metadata")  # what BUILD is for
+    lightning = {
+        "epoch": 3,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": OrderedDict((f"model.{name}", tensor) for name, tensor in state.items()),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint{'mode': 'min'}": {"best_model_score": torch.tensor(0.5)}},
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [schedule],
+        "hyper_parameters": {
+            "betas": (0.9, 0.95),
+            "dtype": torch.bfloat16,
+            "device": torch.device("cuda:0"),
+            "size": torch.Size([1, 2]),
+            "sets": [{1, 2}, set(), frozenset("ab")],
+            "bytes": [b"\x00\xff", bytearray(b"x")],
+            "complex": 1j,
+            "by number": {0: "a", 0.5: "b", None: "c"},
+        },
+    }
+    deepspeed = {"module": state, "sparse_tensor_module_names": set(), "ds_version": "0.17"}
+    averaged = {"model": state, "ema": {"shadow": state}, "rng": torch.get_rng_state()}
+    return state, {
+        "a state dict": (state, ""),
+        "Lightning": (lightning, "model."),
+        "DistributedDataParallel": ({f"module.{k}": v for k, v in state.items()}, "module."),
+        "torch.compile": ({f"_orig_mod.{k}": v for k, v in state.items()}, "_orig_mod."),
+        "DeepSpeed": (deepspeed, ""),
+        "a moving average": (averaged, ""),
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_what_trainers_save(protocol: int, tmp_path: Path) -> None:
+    state, saved_by = projects()
+    for project, (saved, prefix) in saved_by.items():
+        path = tmp_path / f"{project}.ckpt"
+        torch.save(saved, path, pickle_protocol=protocol)
+        done = convert(open_file(path, model="m"), tmp_path / project)
+        check(done, {prefix + name: tensor for name, tensor in state.items()})
+
+
 def test_a_sharded_folder_equals_its_safetensors(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -120,6 +172,16 @@ def test_a_large_transpose(tmp_path: Path) -> None:
 
 REFUSED = {
     "a whole module": (torch.nn.Linear(2, 2), "Linear"),
+    "a module in a dict": ({"model": torch.nn.Linear(2, 2)}, r"at 'model': .*model\.state_dict"),
+    "a number of NumPy's": (
+        {"model": {"a": torch.ones(2)}, "best": {"loss": np.float64(3.0), "at": 1}},
+        r"at 'best'/'loss': refers to 'numpy\.\w+\.multiarray\.scalar', a NumPy value.*item",
+    ),
+    "an array": ({"a": torch.ones(2), "mean": np.ones(3)}, "at 'mean': .*a NumPy value"),
+    "a path": ({"a": torch.ones(2), "out": Path("/x")}, r"at 'out': .*PosixPath.*state_dict"),
+    "windows": ({"a": torch.arange(6.0).unfold(0, 3, 1)}, r"'a': its elements overlap.*contig"),
+    "names that are numbers": ({0: torch.ones(2)}, "name is not text, but '0'"),
+    "no tensors": ({"lr": 0.1, 3: None}, r"no tensors at its top \('lr', '3'\)"),
     "a tensor": (torch.ones(2), "not a dict"),
     "a sparse tensor": ({"a": torch.eye(3).to_sparse()}, "sparse"),
     "a conjugated tensor": ({"a": torch.ones(2, dtype=torch.complex64).conj()}, "resolve_conj"),

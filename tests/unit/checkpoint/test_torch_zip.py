@@ -212,6 +212,15 @@ def test_no_cut_archive_is_accepted(length: int) -> None:
         read_directory(MemoryFile("m.pt", GOOD[:length]))
 
 
+def test_empty_tensors_of_one_place_and_several_shapes() -> None:
+    tensors = {
+        str(shape): tensor(shape=numbers(shape), strides=numbers([1] * len(shape)))
+        for shape in ([0], [0, 5], [5, 0], [2, 0, 3])
+    }
+    layout = read(state_dict({**tensors, "a": tensor()}), _0=BYTES)
+    assert content(layout) == {**dict.fromkeys(tensors, b""), "a": BYTES}
+
+
 def test_windows_over_a_storage_are_refused_with_the_way_out() -> None:
     """Each of their elements would be a read: a gigabyte of them takes hours."""
     windows = tensor(shape=numbers([3, 2]), strides=numbers([1, 1]))

@@ -65,7 +65,6 @@ _QUANTIZED = "a quantized tensor, whose scales lie outside of its bytes: save it
 _SPARSE = "a sparse or nested tensor: save it dense, with `.to_dense()`"
 _COMPLEX = "a complex type that safetensors has no name for: save it as complex64"
 _SUBCLASS = "a tensor of a class of its own: save its plain tensors"
-_NUMPY = "a NumPy value: make it a plain number, with `.item()`, or a tensor, or leave it out"
 _REASONS = {
     "torch._utils._rebuild_qtensor": _QUANTIZED,
     "torch.QInt8Storage": _QUANTIZED,
@@ -85,12 +84,12 @@ _REASONS = {
     "the CPU",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of another device: save it "
     "from the CPU",
-    "numpy.core.multiarray.scalar": _NUMPY,
-    "numpy._core.multiarray.scalar": _NUMPY,
-    "numpy.core.multiarray._reconstruct": _NUMPY,
-    "numpy._core.multiarray._reconstruct": _NUMPY,
+    "torch.float4_e2m1fn_x2": "an element type of half a byte: save it with `.view(torch.uint8)`",
 }
 _REASONS_BY_PACKAGE = {
+    "numpy": "a NumPy value: make it a plain number, with `.item()`, or a tensor, or leave it out",
+    "torch.distributed": "a part of a tensor that is spread over processes: save `.full_tensor()`",
+    "torchao": _QUANTIZED,
     "torch.nn": "a whole model, which is a program with weights: save `model.state_dict()` in its "
     "place",
     "transformers": "an object of transformers: save `model.state_dict()` alone, or the model with "
@@ -243,7 +242,11 @@ _CALLS: dict[str, Callable[[Arguments], Value]] = {
     "torch.device": _opaque,
     "torch.serialization._get_layout": _opaque,
     "collections.Counter": _plain,
-    **{f"{module}.{name}": _plain for module in _BUILTINS for name in ("set", "bytearray")},
+    **{
+        f"{module}.{name}": _plain
+        for module in _BUILTINS
+        for name in ("set", "frozenset", "bytearray")
+    },
     **{f"{module}.complex": _opaque for module in _BUILTINS},
     "_codecs.encode": _opaque,
 }

@@ -73,7 +73,8 @@ def _run(data: bytes) -> Value:
             f"byte {start} of the pickle: it ends early, or takes what was never pushed"
         ) from None
     except CheckpointError as error:
-        raise type(error)(f"byte {start} of the pickle: {error.message}") from None
+        where = f"byte {start} of the pickle{machine.where()}"
+        raise type(error)(f"{where}: {error.message}") from None
     raise CheckpointError(f"a pickle of more than {STEPS_MAX} opcodes")
 
 
@@ -285,6 +286,7 @@ _HANDLERS: dict[int, Handler] = {
         "C": _bytes(1),
         "B": _bytes(4),
         "\x8e": _bytes(8),
+        "\x96": _bytes(8),
         "]": _empty_list,
         "a": _append,
         "e": _appends,
@@ -295,6 +297,9 @@ _HANDLERS: dict[int, Handler] = {
         "\x86": _tuple(2),
         "\x87": _tuple(3),
         "t": _tuple_from_mark,
+        "\x8f": _empty_list,  # of a set only its items matter: whether a tensor is among them
+        "\x90": _appends,
+        "\x91": _tuple_from_mark,
         "q": lambda machine: machine.memoize(machine.byte()),
         "r": lambda machine: machine.memoize(machine.number(4)),
         "\x94": lambda machine: machine.memoize(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final, TypeVar
 
 from serverlessllm.checkpoint.pickles.values import Value
@@ -12,6 +13,7 @@ MEMORY_BYTES_MAX: Final = 40 * MIB
 """Of what a pickle makes, by a generous estimate: a tensor takes about 1 KiB."""
 MARKS_MAX: Final = 1_000
 NAME_BYTES_MAX: Final = 256
+WHERE_CHARS_MAX: Final = 200
 
 ITEM_BYTES, NUMBER_BYTES, TEXT_BYTES = 10, 40, 64
 TUPLE_BYTES, LIST_BYTES, DICT_BYTES, OBJECT_BYTES = 64, 96, 96, 128
@@ -124,6 +126,20 @@ class Machine:
         if number >= len(self._memo):
             raise CheckpointError(f"memo entry {number} was never set")
         self.stack.append(self._memo[number])
+
+    def where(self) -> str:
+        """`, at 'config'/'lr'`: the keys that lead to what is read now, as far as can be told."""
+        keys: list[Value] = []
+        above: list[Value] = []
+        for level in (*self._marks, self.stack):
+            in_dict = above and level and type(above[-1]) is dict
+            # Keys and values by turns, the last of them not done yet.
+            first = (len(level) - 1) // 2 * 2 if in_dict else 0
+            keys += level[first : first + 1] if in_dict else []
+            keys += [key for made, key in pairwise(level[first:]) if type(made) is dict]
+            above = level
+        shown = "/".join(ascii(key[:40]) for key in keys if isinstance(key, str))
+        return f", at {shown[:WHERE_CHARS_MAX]}" if shown else ""
 
     def finish(self) -> Value:
         """The one thing that was made."""

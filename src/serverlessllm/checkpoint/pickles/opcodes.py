@@ -22,11 +22,7 @@ OPCODE_NAMES = {
     0x82: "EXT1",
     0x83: "EXT2",
     0x84: "EXT4",
-    0x8F: "EMPTY_SET",
-    0x90: "ADDITEMS",
-    0x91: "FROZENSET",
     0x92: "NEWOBJ_EX",
-    0x96: "BYTEARRAY8",
     0x97: "NEXT_BUFFER",
     0x98: "READONLY_BUFFER",
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Final
 
 from serverlessllm.checkpoint.bounds import check_count, check_text
 from serverlessllm.checkpoint.pickles.values import StateDict, Tensor, TensorView, Value
-from serverlessllm.core.errors import CheckpointError, UnsupportedCheckpoint
+from serverlessllm.core.errors import UnsupportedCheckpoint
 
 WRAPPERS: Final = ("state_dict", "model_state_dict", "model", "module")
 """Keys that training programs put the model's tensors under, beside an optimizer's, say."""
@@ -17,8 +18,9 @@ def state_dict_of(value: Value) -> StateDict:
     """The tensors of the dict that is the model; what is beside them and is no tensor is left out.
 
     Raises:
-        UnsupportedCheckpoint: there is no such dict, or it holds tensors in containers.
-        CheckpointError: a tensor's name is not text, or not one; or there are too many.
+        UnsupportedCheckpoint: there is no such dict, it holds tensors in containers, or a tensor
+            is under a number.
+        CheckpointError: a tensor's name is none; or there are too many.
     """
     wrapped_in: list[str] = []
     while len(wrapped_in) < _DEPTH_MAX:
@@ -49,7 +51,7 @@ def _flatten(state: dict[Value, Value]) -> list[TensorView]:
             _refuse_tensors_inside(name, value, seen)
             continue
         if type(name) is not str:
-            raise CheckpointError(f"a tensor whose name is not text: {_shown(name)}")
+            raise UnsupportedCheckpoint(f"a tensor whose name is not text, but {_shown(name)}")
         check_text(name, "tensor name")
         views.append(
             TensorView(
@@ -65,7 +67,8 @@ def _flatten(state: dict[Value, Value]) -> list[TensorView]:
     check_count(len(views), "tensors")
     if not views:
         known = ", ".join(WRAPPERS)
-        raise UnsupportedCheckpoint(f"no tensors at its top, nor under one of {known}")
+        keys = ", ".join(map(_shown, islice(state, 5))) or "nothing"
+        raise UnsupportedCheckpoint(f"no tensors at its top ({keys}), nor under one of {known}")
     return views
 
 

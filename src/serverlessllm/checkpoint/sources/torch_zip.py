@@ -182,7 +182,8 @@ class _Placing:
             )
         file: RawFile = storage
         offset = view.offset * item_bytes
-        if not is_contiguous(view.shape, view.strides) or not self._is_first(view, size):
+        in_order = is_contiguous(view.shape, view.strides) and self._is_first(view, size)
+        if size and not in_order:
             offset = 0
             file = self._strided(view, storage, item_bytes)
         return RawTensor(
