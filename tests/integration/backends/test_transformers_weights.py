@@ -201,7 +201,7 @@ def test_running_it_makes_no_private_page_of_the_weights(make: Callable[[str], M
 
 
 def test_a_layer_computes_before_the_next_has_arrived(
-    make: Callable[[str], Made], tmp_path: Path
+    make: Callable[[str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arriving = Arriving(make("llama"), tmp_path)
     left = arriving.bring_side_files()
@@ -220,6 +220,9 @@ def test_a_layer_computes_before_the_next_has_arrived(
     last = max(weights.arrived_s.values())
     assert weights.waits[1].layer == "model.layers.0"
     assert weights.waits[1].computed_at_s < last
+    told = re.findall(r"the first pass began with (\d+) chunks to come", capsys.readouterr().err)
+    assert len(told) == 1
+    assert 0 < int(told[0]) < len(arriving.made.index.chunks)
     waited = len(weights.waits)
     logits(weights.model)
     assert len(weights.waits) == waited, "the gates are gone after the first pass"

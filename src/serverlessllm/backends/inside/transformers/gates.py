@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -54,10 +55,24 @@ class Gates:
         """A module whose weights were used past its own call has not waited for them: then the
         whole pass is made again, once all is here. It writes the same places of the cache."""
         self._last.remove()
+        self._tell()
         if not self._closed:
             return output
         self._arrivals.wait_all()
         return model.forward(*args, **kwargs)
+
+    def _tell(self) -> None:
+        """A line in the instance's log: how the first pass went behind the load."""
+        if self.waits:
+            first, last = self.waits[0], self.waits[-1]
+            late = sum(1 for at_s in self._arrivals.times_s.values() if at_s > first.computed_at_s)
+            waited_s = sum(wait.waited_s for wait in self.waits)
+            sys.stderr.write(
+                f"the first pass began with {late} chunks to come: {first.layer} computed "
+                f"{last.computed_at_s - first.computed_at_s:.3f} s before {last.layer}, "
+                f"{waited_s:.3f} s of it waiting for bytes\n"
+            )
+            sys.stderr.flush()
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, bool]]:
