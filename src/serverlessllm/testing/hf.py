@@ -95,7 +95,11 @@ def _bfloat16(weight: npt.NDArray[np.float32]) -> bytes:
     import numpy as np
 
     bits = np.ascontiguousarray(weight, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    return rounded.view(np.uint16)[..., 1::2].tobytes()  # the upper halves
 
 
 def _hf_name(name: str) -> str:

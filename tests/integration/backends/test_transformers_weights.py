@@ -319,13 +319,11 @@ def test_an_architecture_that_the_library_lacks_is_refused(make: Callable[[str],
         Weights(index, made.mapping(), None, "cpu")
 
 
-def test_the_demo_model_answers_as_its_original(tmp_path: Path) -> None:
+def test_the_demo_model_answers_by_its_own_tokenizer_and_template(tmp_path: Path) -> None:
     folder = smollm2_folder(tmp_path)
     converted = convert(open_folder(folder, model="smollm2"), tmp_path)
-    made = Made(folder, converted.index, converted.bin_path)
-    mapping = made.mapping()
-    model = Weights(made.index, mapping, None, "cpu").model
-    assert torch.equal(logits(model), logits(made.original()))
+    mapping = Made(folder, converted.index, converted.bin_path).mapping()
+    model = Weights(converted.index, mapping, None, "cpu").model
     text = Text(mapping.side_files(), tmp_path)
     question = [Message(role="user", content="What is 2+2?")]
     prompt = text.encode_chat(question, generation_prompt=True, continue_last=False)
