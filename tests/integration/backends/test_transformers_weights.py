@@ -29,7 +29,7 @@ from serverlessllm.backends.inside.transformers.arrivals import Arrivals
 from serverlessllm.backends.inside.transformers.gates import Gates
 from serverlessllm.backends.inside.transformers.mapping import Mapping
 from serverlessllm.backends.inside.transformers.text import Message, Text
-from serverlessllm.backends.inside.transformers.weights import Weights
+from serverlessllm.backends.inside.transformers.weights import Weights, read_config
 from serverlessllm.checkpoint.convert import convert
 from serverlessllm.checkpoint.index import Index, layers
 from serverlessllm.checkpoint.sources.base import open_folder
@@ -317,6 +317,18 @@ def test_an_architecture_that_the_library_lacks_is_refused(make: Callable[[str],
     index = msgspec.structs.replace(made.index, architecture="NoneForCausalLM")
     with pytest.raises(LoadFailed, match="has no 'NoneForCausalLM'"):
         Weights(index, made.mapping(), None, "cpu")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b"[]", b'{"model_type": "none"}', b'{"model_type": "llama", "hidden_size": "wide"}'],
+    ids=["no object", "an unknown type", "a text for a number"],
+)
+def test_a_configuration_that_is_not_valid_is_refused(
+    make: Callable[[str], Made], config: bytes
+) -> None:
+    with pytest.raises(LoadFailed, match=r"config\.json"):
+        read_config(make("llama").index, {"config.json": config})
 
 
 def test_the_demo_model_answers_by_its_own_tokenizer_and_template(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -83,7 +84,7 @@ def read_config(index: Index, files: dict[str, bytes]) -> PreTrainedConfig:
         said = json.loads(files["config.json"])
         config_class = CONFIG_MAPPING[said["model_type"]]
         config: PreTrainedConfig = config_class.from_dict(said)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
         raise LoadFailed(f"{index.model}: config.json: {type(error).__name__}: {error}") from error
     return config
 
