@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from serverlessllm.checkpoint.index import Index, tensor_at
@@ -19,10 +19,13 @@ from serverlessllm.core.ids import CheckpointId
 from serverlessllm.loader.plan import ChunkRange, hop_name
 from serverlessllm.loader.pour import (
     Blake3,
+    Check,
     Crc32c,
     Sink,
+    Source,
     Unchecked,
     blake3_of,
+    fill,
     pour,
     write_parts,
     write_staged,
@@ -61,12 +64,18 @@ class Moves:
         """What had to come from the store because the nearer copy was corrupt."""
 
     async def store_to_dram(self, chunk: ChunkRange, dram: DramFile) -> None:
-        if not await self._folder_to(chunk, dram, CacheLevel.DRAM):
+        def move(file: Source, check: Check) -> bool:
+            return fill(file, dram, chunk, check, self._staging)
+
+        if not await self._folder_to(chunk, CacheLevel.DRAM, move):
             parts = await self._fetch(chunk, CacheLevel.DRAM)
             await self._threads.run(write_parts, dram, chunk, parts)
 
     async def store_to_nvme(self, chunk: ChunkRange, nvme: DirectFile) -> None:
-        if not await self._folder_to(chunk, nvme, CacheLevel.NVME):
+        def move(file: Source, check: Check) -> bool:
+            return pour(file, nvme, chunk, check, self._staging)
+
+        if not await self._folder_to(chunk, CacheLevel.NVME, move):
             parts = await self._fetch(chunk, CacheLevel.NVME)
             await self._threads.run(write_staged, nvme, chunk, parts, self._staging)
 
@@ -77,7 +86,7 @@ class Moves:
 
     async def nvme_to_dram(self, chunk: ChunkRange, nvme: DirectFile, dram: DramFile) -> None:
         """A corrupt or unreadable chunk is fetched from the store, and mended in the nvme copy."""
-        if await self._threads.run(pour, nvme, dram, chunk, self._crc(chunk), self._staging):
+        if await self._threads.run(fill, nvme, dram, chunk, self._crc(chunk), self._staging):
             return
         self._quarantine(chunk, hop_name(CacheLevel.NVME, CacheLevel.DRAM))
         parts = await self._fetch(chunk, CacheLevel.DRAM)
@@ -99,7 +108,9 @@ class Moves:
         if not await self._threads.run(pour, dram, device, chunk, Unchecked(), self._staging):
             raise OSError(errno.EIO, "a file in DRAM was cut")
 
-    async def _folder_to(self, chunk: ChunkRange, sink: Sink, target: CacheLevel) -> bool:
+    async def _folder_to(
+        self, chunk: ChunkRange, target: CacheLevel, move: Callable[[Source, Check], bool]
+    ) -> bool:
         """Read a store that is a folder of this machine as the disk it is, past the store's
         client and its copies; whether that gave the chunk. The file is opened for each chunk: its
         digest, and not its inode, says that it is the right one."""
@@ -113,7 +124,7 @@ class Moves:
             return False
         try:
             check = Blake3(self._index.chunks[chunk.number].blake3)
-            if await threads.run(pour, file, sink, chunk, check, self._staging):
+            if await threads.run(move, file, check):
                 return True
         finally:
             file.close()

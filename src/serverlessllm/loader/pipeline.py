@@ -201,7 +201,7 @@ class Pipeline:
             dram = DramFile(source.fd, size)
             stack.callback(dram.close)
             return lambda chunk: moves.dram_to_nvme(chunk, dram, nvme)
-        dram = DramFile(partial.fd, size)
+        dram = DramFile(partial.fd, size, filling=True)
         stack.callback(dram.close)
         if source is None:
             return lambda chunk: moves.store_to_dram(chunk, dram)

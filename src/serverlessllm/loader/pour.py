@@ -94,16 +94,39 @@ def pour(source: Source, sink: Sink, chunk: ChunkRange, check: Check, staging: S
     for offset in range(chunk.offset, end, BLOCK_BYTES):
         size = min(BLOCK_BYTES, end - offset)
         with staging.block() as block:
-            try:
-                source.read_into(block.memory, offset, size)
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
+            if not _read(source, block.memory, offset, size):
                 return False
             part = block.memory[:size]
             check.update(part)
             block.busy_until(sink.write(part, offset))
     return check.holds()
+
+
+def fill(source: Source, dram: DramFile, chunk: ChunkRange, check: Check, staging: Staging) -> bool:
+    """`pour` into DRAM: straight into huge pages, if there are any for the chunk.
+
+    Raises what `pour` does.
+    """
+    memory = dram.take(chunk)
+    if memory is None:
+        return pour(source, dram, chunk, check, staging)
+    for start in range(0, chunk.size_bytes, BLOCK_BYTES):
+        part = memory[start : start + BLOCK_BYTES]
+        if not _read(source, part, chunk.offset + start, len(part)):
+            return False
+        check.update(part)
+    return check.holds()
+
+
+def _read(source: Source, view: memoryview, offset: int, size: int) -> bool:
+    """Whether the source could be read."""
+    try:
+        source.read_into(view, offset, size)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return False
+    return True
 
 
 def is_whole(dram: DramFile, chunk: ChunkRange, crc: int) -> bool:
@@ -122,6 +145,7 @@ def blake3_of(parts: Sequence[memoryview]) -> str:
 
 def write_parts(dram: DramFile, chunk: ChunkRange, parts: Sequence[memoryview]) -> None:
     """Write a chunk that came in parts, from where they lie."""
+    dram.take(chunk)  # the write is faster where there is memory
     offset = chunk.offset
     for part in parts:
         dram.write(part, offset)

@@ -33,7 +33,7 @@ class LoaderSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """One ranged read from the store."""
     ranges_in_flight_max: int = 8
     """Ranged reads from the store at once, of one load."""
-    copy_threads: int = 4
+    copy_threads: int = 6
     """Chunks that one load reads, checks or writes at once between the tiers of this node."""
     chunk_tries_max: int = 3
     """Times a chunk that fails its digest is fetched from the store before the load fails."""

@@ -11,20 +11,22 @@ from collections.abc import Iterator
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.loader.budget import full_is_out_of_space
 from serverlessllm.loader.plan import ChunkRange
+from serverlessllm.loader.tiers.huge import HugePages
 
 
 class DramFile:
     """A `.partial` to fill, or a `.bin` to read. The descriptor stays the caller's."""
 
-    __slots__ = ("_fd", "_map")
+    __slots__ = ("_fd", "_huge", "_map")
 
-    def __init__(self, fd: int, size_bytes: int) -> None:
+    def __init__(self, fd: int, size_bytes: int, *, filling: bool = False) -> None:
         """Raises OSError: EIO, the file is shorter than that."""
         self._fd = fd
         try:
             self._map = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         except ValueError as error:
             raise OSError(errno.EIO, "the file is shorter than it should be") from error
+        self._huge = HugePages(fd, size_bytes) if filling else None
 
     @contextlib.contextmanager
     def view(self, chunk: ChunkRange) -> Iterator[memoryview]:
@@ -47,6 +49,11 @@ class DramFile:
                 raise OSError(errno.EIO, "the file is shorter than it should be")
             done += count
 
+    def take(self, chunk: ChunkRange) -> memoryview | None:
+        """The memory of a chunk that is about to be filled, in huge pages; None when there are
+        none to be had, and `write` is the way."""
+        return None if self._huge is None else self._huge.take(chunk.offset, chunk.size_bytes)
+
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of `view`: the file's own write neither clears the new pages first, as every
         way through a mapping does, nor holds the interpreter.
@@ -63,3 +70,5 @@ class DramFile:
         """Unmap. A view that an error's traceback still holds keeps the memory until it goes."""
         with contextlib.suppress(BufferError):
             self._map.close()
+        if self._huge is not None:
+            self._huge.close()

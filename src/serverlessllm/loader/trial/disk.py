@@ -13,7 +13,7 @@ from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.loader.plan import ChunkRange, chunk_ranges, hop_name
-from serverlessllm.loader.pour import Blake3, Check, Crc32c, Sink, Unchecked, pour
+from serverlessllm.loader.pour import Blake3, Check, Crc32c, Sink, Unchecked, fill, pour
 from serverlessllm.loader.service import Loader
 from serverlessllm.loader.settings import LoaderSettings
 from serverlessllm.loader.tiers.dram import DramFile
@@ -153,11 +153,14 @@ class _Passes:
 
     async def _pour(self, sink: Sink, check: _MakeCheck) -> float:
         with contextlib.closing(DirectFile(self._path, os.O_RDONLY)) as file:
-            return await in_threads(
-                chunk_ranges(self._index),
-                self._own.threads,
-                lambda chunk: pour(file, sink, chunk, check(self._index, chunk), self._staging),
-            )
+
+            def move(chunk: ChunkRange) -> bool:
+                digest = check(self._index, chunk)
+                if isinstance(sink, DramFile):
+                    return fill(file, sink, chunk, digest, self._staging)
+                return pour(file, sink, chunk, digest, self._staging)
+
+            return await in_threads(chunk_ranges(self._index), self._own.threads, move)
 
     @contextlib.contextmanager
     def _new_dram(self) -> Iterator[DramFile]:
@@ -165,7 +168,7 @@ class _Passes:
         fd = os.open(self._dram_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.ftruncate(fd, self._index.size_bytes)
-            with contextlib.closing(DramFile(fd, self._index.size_bytes)) as dram:
+            with contextlib.closing(DramFile(fd, self._index.size_bytes, filling=True)) as dram:
                 yield dram
         finally:
             self._dram_path.unlink()
