@@ -209,7 +209,7 @@ def test_run_without_a_prompt_is_a_chat(server):
         # One that comes between the prompt and the read is seen only when a line is there.
         while shown.count(">>> ") < 3:
             chat.send_signal(signal.SIGINT)
-            if select.select([terminal], [], [], 1.0)[0]:
+            while shown.count(">>> ") < 3 and select.select([terminal], [], [], 3.0)[0]:
                 shown += os.read(terminal, 4096).decode(errors="replace")
         os.write(terminal, b"/bye\n")
         assert chat.wait(30) == 0
