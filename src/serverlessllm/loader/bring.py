@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import CacheLevel
@@ -23,7 +21,7 @@ from serverlessllm.loader.progress import QUEUE, Meter, Report
 from serverlessllm.loader.references import Brought, References
 from serverlessllm.loader.residency import Held, TierDirectory
 from serverlessllm.loader.settings import LoaderSettings
-from serverlessllm.loader.workers import Threads, outlast
+from serverlessllm.loader.workers import Threads, disk_errors, outlast
 from serverlessllm.store.checkpoints import CheckpointStore
 from serverlessllm.telemetry import log
 
@@ -65,7 +63,7 @@ class Bringer:
         """`ref` at `level` or nearer, held; raises what `Loader.load` does. `announce` is called
         at most once: what this process fills in DRAM becomes whole, or the load fails."""
         meter = Meter(self._clock, self._settings.progress_interval_s, report)
-        with _disk_errors():
+        with disk_errors():
             brought = await self._bring(ref, max(level, CacheLevel.DRAM), meter, announce)
         self._references.keep(brought.tier.level, brought.held)
         return brought
@@ -187,7 +185,7 @@ class Bringer:
     async def _behind_run(self, copy: Copy, job: Job, source: Held) -> None:
         meter = Meter(self._clock, self._settings.progress_interval_s, _tell_nobody)
         try:
-            with _disk_errors():
+            with disk_errors():
                 partial = await self._pipeline.reserve(copy, job)
                 if partial is None:
                     return
@@ -215,18 +213,6 @@ class Bringer:
                     retry_after_s=5.0,
                 )
             await self._clock.sleep(self._settings.peer_poll_s)
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    """What the file system says, in the words of the error contract."""
-    try:
-        yield
-    except OSError as error:
-        raise LoadFailed(
-            f"a tier of the agent failed ({os.strerror(error.errno or 0)}): see its disk",
-            retry_after_s=5.0,
-        ) from error
 
 
 def _release(found: Brought | None) -> None:

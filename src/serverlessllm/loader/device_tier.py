@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.agentapi import HopTiming
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import CacheLevel
-from serverlessllm.core.errors import Draining, LoadFailed, OutOfSpace
+from serverlessllm.core.errors import Draining, OutOfSpace
 from serverlessllm.core.ids import CheckpointId
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.loader.accelerator import Accelerator, Allocation
@@ -33,7 +33,7 @@ from serverlessllm.loader.tiers.nvme import DirectFile
 from serverlessllm.loader.tiers.remote import RemoteFile
 from serverlessllm.loader.tiers.staging import Staging
 from serverlessllm.loader.weights import Weights
-from serverlessllm.loader.workers import Threads, finish, for_each, outlast
+from serverlessllm.loader.workers import Threads, disk_errors, finish, for_each, outlast
 from serverlessllm.store.checkpoints import CheckpointStore
 from serverlessllm.telemetry import span
 from serverlessllm.telemetry.table import EVICTIONS, TIER_USED_BYTES
@@ -206,7 +206,7 @@ class DeviceTier:
     ) -> OnDevice:
         entry = await self._reserve(ref.id, index)
         try:
-            with _failures():
+            with disk_errors():
                 entry.weights = await self._allocate(index, entry.spans)
                 hops = await self._fill(ref, entry.weights, level, source, report)
         except BaseException:
@@ -331,15 +331,3 @@ def _open(
     nvme = DirectFile(source.path, os.O_RDONLY)
     stack.callback(nvme.close)
     return lambda chunk: moves.nvme_to_device(chunk, nvme, weights)
-
-
-@contextlib.contextmanager
-def _failures() -> Iterator[None]:
-    """What the file system says, in the words of the error contract."""
-    try:
-        yield
-    except OSError as error:
-        raise LoadFailed(
-            f"a tier of the agent failed ({os.strerror(error.errno or 0)}): see its disk",
-            retry_after_s=5.0,
-        ) from error

@@ -1,14 +1,16 @@
 """Work that is waited for: threads that a cancelled caller does not abandon, groups of tasks
-that fail with one error."""
+that fail with one error, disks that fail in the words of the error contract."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
+from serverlessllm.core.errors import LoadFailed
 from serverlessllm.loader.tiers.staging import Staging
 
 P = ParamSpec("P")
@@ -93,6 +95,18 @@ def single_error() -> Iterator[None]:
         yield
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """What the file system says, in the words of the error contract."""
+    try:
+        yield
+    except OSError as error:
+        raise LoadFailed(
+            f"a tier of the agent failed ({os.strerror(error.errno or 0)}): see its disk",
+            retry_after_s=5.0,
+        ) from error
 
 
 def _keep(_result: object) -> None:

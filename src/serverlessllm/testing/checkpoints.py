@@ -167,9 +167,9 @@ def write_random_safetensors(
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     tensors = {
-        hf_name: RawTensorData(dtype, shape, _encode(_weight(random, name, shape), dtype))
+        theirs: RawTensorData(dtype, shape, _encode(_weight(random, name, shape), dtype))
         for name, shape in _llama_tensors(layers, width)
-        if (hf_name := _hf_name(name)) != "lm_head.weight" or not tied
+        if (theirs := hf_name(name)) != "lm_head.weight" or not tied
     }
     _write_shards(folder, tensors, shards)
     for name, content in _hf_files(layers, width, dtype, tied).items():
@@ -250,7 +250,7 @@ _HF_NAMES = {
 }
 
 
-def _hf_name(name: str) -> str:
+def hf_name(name: str) -> str:
     """llama.cpp's name of a tensor → Hugging Face's."""
     if name in _HF_NAMES:
         return _HF_NAMES[name]

@@ -12,24 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serverlessllm.testing.checkpoints import RawTensorData, safetensors_bytes
+from serverlessllm.testing.checkpoints import RawTensorData, hf_name, safetensors_bytes
 
 if TYPE_CHECKING:
     import gguf
     import numpy as np
     import numpy.typing as npt
 
-_PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _CONTROL = 3
 """llama.cpp's type of tokens that are never written by a text."""
 
@@ -74,7 +63,7 @@ def _write(folder: Path, source: Path) -> None:
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
             weight = _unpermuted(weight, heads if ".attn_q." in tensor.name else kv_heads)
         data = RawTensorData("BF16", tuple(weight.shape), _bfloat16(weight))
-        tensors[_hf_name(tensor.name)] = data
+        tensors[hf_name(tensor.name)] = data
     (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors, {"format": "pt"}))
     vocabulary = tensors["model.embed_tokens.weight"].shape[0]
     for name, content in _side_files(reader, heads, kv_heads, vocabulary).items():
@@ -100,15 +89,6 @@ def _bfloat16(weight: npt.NDArray[np.float32]) -> bytes:
     rounded += 0x7FFF
     rounded += bits
     return rounded.view(np.uint16)[..., 1::2].tobytes()  # the upper halves
-
-
-def _hf_name(name: str) -> str:
-    if name == "token_embd.weight":
-        return "model.embed_tokens.weight"
-    if name == "output_norm.weight":
-        return "model.norm.weight"
-    _, layer, part, _ = name.split(".")
-    return f"model.layers.{layer}.{_PARTS[part]}.weight"
 
 
 def _side_files(

@@ -240,6 +240,7 @@ async def test_progress_is_told_while_it_starts(bench: Bench) -> None:
         )
         bench.store.let()
         await load
+    assert bench.events[-1].state == "ready"
 
 
 async def test_progress_is_told_after_it_is_ready(bench: Bench) -> None:
@@ -486,8 +487,10 @@ class TestStopped:
             await eventually(
                 lambda: agent.agent._instances.all() and instance(agent).process is not None
             )
+            engine = pid(agent)
             load.cancel()
             await eventually(lambda: not agent.agent._instances.all() and not bench.store.held)
+        assert not list(session_members(engine))
 
     async def test_the_client_leaves_when_it_is_ready(self, bench: Bench) -> None:
         """It asked for an instance and has it: the load goes on."""
