@@ -17,6 +17,13 @@ MODEL_HEADER = "x-sllm-model"
 """Canonical model id, so that the agent need not parse a relayed body."""
 KEEP_ALIVE_HEADER = "x-sllm-keep-alive"
 """Seconds as decimal text; this request's own keep_alive."""
+ASKED_HEADER = "x-sllm-asked"
+"""The name that the client asked for, when it is not the canonical one: the answer echoes it."""
+USAGE_HEADER = "x-sllm-usage"
+"""`PROMPT COMPLETION` in tokens: of an agent's whole answer a header, of its stream a trailer."""
+INSIDE_HEADER = "x-sllm-inside"
+"""The cluster token, on a request between two processes of one front door: key, limits and counts
+were the first one's."""
 REFUSED_HEADER = "x-sllm-refused"
 """Set by an agent on an answer of its own (never a backend's): the error code. Nothing ran, so
 the orchestrator may ask another agent."""

@@ -28,7 +28,7 @@ _framing = re.compile(
 _event_ends = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _TAIL = 8
 """Bytes that tell whether an answer stands at the end of a chunk and of an event."""
-_last_chunk = re.compile(rb"(?:\A|\n)0+(?:;[^\r\n]*)?\r\n(?:[!-9;-~]+:[^\r\n]*\r\n)*\r\n\Z")
+_last_chunk = re.compile(rb"(?:\A|\n)0+(?:;[^\r\n]*)?\r\n((?:[!-9;-~]+:[^\r\n]*\r\n)*)\r\n\Z")
 """The end of a chunked body, trailers included, and nothing after it."""
 _LAST_CHUNK_MAX = 4096
 """Bytes of trailers that are looked through for it."""
@@ -80,6 +80,8 @@ class Link(asyncio.Protocol):
         self.framing = NONE
         self.head = b""
         """The answer's status line and headers, empty line included."""
+        self.trailers = b""
+        """The lines after the last chunk of a whole answer."""
         self.status = 0
         self.error: UpstreamError | None = None
         """Why the link is DEAD."""
@@ -154,7 +156,7 @@ class Link(asyncio.Protocol):
     def send(self, request: bytes, deadline_s: float | None, *, bodiless: bool) -> None:
         """Write a request; `wait` tells when its answer's head has come."""
         self.state = HEAD
-        self.head = b""
+        self.head = self.trailers = b""
         self.untouched = True
         self.reusable = False
         self.passed_bytes = 0
@@ -307,9 +309,11 @@ class Link(asyncio.Protocol):
             if self._left < 0:
                 self.reusable = False
             return True
-        if self._begun > 1 or not _last_chunk.search((self._tail + data)[-_LAST_CHUNK_MAX:]):
+        end = _last_chunk.search((self._tail + data)[-_LAST_CHUNK_MAX:])
+        if self._begun > 1 or end is None:
             self._die(UpstreamProtocolError("the backend sent more than its answer"))
             return False
+        self.trailers = end[1]
         return True
 
     def _die(self, error: UpstreamError) -> None:

@@ -193,12 +193,13 @@ class Request:
             self.line.send(chunk(data) if self.framed else data)
         await self.line.room()
 
-    def finish(self) -> None:
-        """End a streamed answer cleanly."""
+    def finish(self, trailers: Headers = ()) -> None:
+        """End a streamed answer cleanly; HTTP/1.0 has no place for `trailers`."""
         if self.finished:
             return
         if self.framed and self.method != "HEAD":
-            self.line.send(LAST_CHUNK)
+            end = b"0\r\n%b\r\n" % encode_headers(trailers) if trailers else LAST_CHUNK
+            self.line.send(end)
         self.finished = True
 
     def abort(self) -> None:

@@ -37,7 +37,7 @@ def _free(path: str) -> None:
 
 
 class EdgeServer:
-    """A listener on one address; owns its connections and their handlers' tasks.
+    """A listener on one address or more; owns its connections and their handlers' tasks.
 
     A `SLLMError` that the handler lets through is rendered by `render_error`; any other
     exception is logged with the request's id and rendered as an internal error.
@@ -67,14 +67,14 @@ class EdgeServer:
         self.sweeper = Sweeper(self._sweep, settings.sweep_interval_s, clock)
         self._connections: set[Connection] = set()
         self._leaving: set[asyncio.Task[None]] = set()
-        self._listener: asyncio.Server | None = None
-        self._path: str | None = None
+        self._listeners: list[asyncio.Server] = []
+        self._paths: list[str] = []
         self._empty = asyncio.Event()
         self._empty.set()
 
     async def start(self, address: Address) -> Address:
         """Listen on `unix:/path` or `http://host:port`; port 0 takes a free one. Returns the
-        actual address.
+        actual address. May be called again, for one address more.
 
         Raises:
             OSError: the address cannot be had.
@@ -85,17 +85,14 @@ class EdgeServer:
         backlog = self.settings.backlog
         if isinstance(where, str):
             _free(where)
-            self._path = where
-            self._listener = await self.loop.create_unix_server(
-                self._connect, where, backlog=backlog
-            )
+            self._paths.append(where)
+            listener = await self.loop.create_unix_server(self._connect, where, backlog=backlog)
         else:
             host, port = where
-            self._listener = await self.loop.create_server(
-                self._connect, host, port, backlog=backlog
-            )
-            port = self._listener.sockets[0].getsockname()[1]
+            listener = await self.loop.create_server(self._connect, host, port, backlog=backlog)
+            port = listener.sockets[0].getsockname()[1]
             address = join_address(host, port)
+        self._listeners.append(listener)
         self.sweeper.start()
         return address
 
@@ -132,16 +129,16 @@ class EdgeServer:
         await self._empty.wait()
         if self._leaving:
             await asyncio.wait(self._leaving)
-        if self._listener is not None:
-            await self._listener.wait_closed()
-            self._listener = None
-            if self._path is not None:
-                _free(self._path)
+        for listener in self._listeners:
+            await listener.wait_closed()
+        self._listeners.clear()
+        while self._paths:
+            _free(self._paths.pop())
         await self.sweeper.close()
 
     def _stop_listening(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
 
     async def _empty_within(self, limit_s: float) -> None:
         """Return when no connection is left, or after `limit_s`."""

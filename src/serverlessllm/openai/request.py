@@ -35,6 +35,8 @@ class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool = False
     keep_alive_s: float | None = None
     """This request's own; -1 for ever; None: the model's."""
+    answer_tokens_max: int | None = None
+    """The most tokens that the answer may have, all of its choices together, where it says so."""
 
 
 class _Fields(msgspec.Struct, kw_only=True):

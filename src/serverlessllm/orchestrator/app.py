@@ -19,6 +19,7 @@ from serverlessllm.orchestrator.feed import Feed
 from serverlessllm.orchestrator.loads import Loads
 from serverlessllm.orchestrator.operations import Operations
 from serverlessllm.orchestrator.replicas import keep_replicas
+from serverlessllm.orchestrator.rest.front import Front
 from serverlessllm.orchestrator.rest.guard import Guard, is_local
 from serverlessllm.orchestrator.rest.inference import Inference
 from serverlessllm.orchestrator.rest.internal import InternalServer
@@ -111,6 +112,7 @@ class Orchestrator:
             clock=clock,
         )
         self._internal = InternalServer(management.app, run_dir)
+        self._front = Front(self._upstreams, run_dir)
         self._edge: EdgeServer | None = None
         self._routes: Routes | None = None
         self._background: list[asyncio.Task[None]] = []
@@ -153,6 +155,7 @@ class Orchestrator:
         self._edge = EdgeServer(
             routes.handle, self._edge_settings, render, self._clock, routes.answer_headers
         )
+        await self._edge.start(self._front.address)
         return await self._edge.start(listen)
 
     async def drain(self) -> None:

@@ -75,6 +75,6 @@ class InternalServer:
 
 def _sweep(run_dir: Path) -> None:
     """Remove the sockets of processes that were killed."""
-    for path in run_dir.glob("api-*-*.sock"):
+    for path in (*run_dir.glob("api-*-*.sock"), *run_dir.glob("front-*-*.sock")):
         if not Path(f"/proc/{path.name.split('-')[1]}").exists():
             path.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.parse import unquote
 
 from serverlessllm.core.clock import Clock
@@ -28,6 +28,7 @@ from serverlessllm.orchestrator.loads import unknown_model
 from serverlessllm.orchestrator.rest.guard import Guard
 from serverlessllm.orchestrator.rest.inference import Inference, Parse
 from serverlessllm.orchestrator.rest.loading import StillLoading, loading_body
+from serverlessllm.orchestrator.rest.route import GET, Route, RouteTable
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.timing import Timing, timing_lines
 from serverlessllm.orchestrator.view import ClusterView
@@ -43,9 +44,8 @@ _BUG = 500
 _DRAINING = Draining("this server is shutting down; send the request again")
 _JSON = (("content-type", "application/json"),)
 _PLAIN = "text/plain; charset=utf-8"
-_MODELS = "/v1/models"
-_METRICS = "/metrics"
-_MANAGEMENT = "/api/"
+_MODEL = "/v1/models/"
+_ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _PARSERS: dict[str, Parse] = {
     "/v1/chat/completions": parse_chat,
     "/v1/completions": parse_completion,
@@ -71,6 +71,7 @@ class Routes:
         not_ready: Callable[[], str],
         before_metrics: Callable[[], None],
         clock: Clock,
+        routes: Sequence[Route] = (),
     ) -> None:
         self._settings = settings
         self._guard = guard
@@ -82,11 +83,17 @@ class Routes:
         self._before_metrics = before_metrics
         self._clock = clock
         self._running = dict.fromkeys(_PARSERS, 0)
-        self._plain: dict[str, Callable[[Request], None]] = {
-            _MODELS: self._list_models,
-            "/livez": _alive,
-            "/readyz": self._readyz,
-        }
+        self._table = RouteTable(
+            (
+                Route(path="/livez", methods=GET, serve=_alive),
+                Route(path="/readyz", methods=GET, serve=self._readyz),
+                Route(path="/metrics", methods=GET, serve=self._metrics),
+                Route(path="/v1/models", methods=GET, serve=self._list_models),
+                Route(path=_MODEL, methods=GET, serve=self._show_model),
+                Route(path="/api/", methods=_ANY, serve=self._manage),
+                *routes,
+            )
+        )
 
     async def handle(self, request: Request) -> None:
         """Answer one request, whatever happens."""
@@ -141,35 +148,27 @@ class Routes:
 
     async def _other(self, request: Request) -> None:
         """Everything that is not hot."""
-        path = request.path
-        if path.startswith(_MANAGEMENT):
-            await self._manage(request)
-            return
-        plain = self._plain.get(path)
-        if plain is None and path != _METRICS and not path.startswith(f"{_MODELS}/"):
-            raise RouteNotFound(f"there is no {path[:200]}")
-        if request.method not in {"GET", "HEAD"}:
-            raise MethodNotAllowed(f"{path[:200]} takes GET")
-        if plain is not None:
-            plain(request)
-        elif path == _METRICS:
-            await self._metrics(request)
-        else:
-            self._show_model(request, unquote(path[len(_MODELS) + 1 :]))
+        route = self._table.find(request.path)
+        if route is None:
+            raise RouteNotFound(f"there is no {request.path[:200]}")
+        if request.method not in route.methods:
+            raise MethodNotAllowed(f"{request.path[:200]} takes {route.methods[0]}")
+        await route.serve(request)
 
-    def _list_models(self, request: Request) -> None:
+    async def _list_models(self, request: Request) -> None:
         models = sorted(self._view.models.items())[: self._settings.models_list_max]
         objects = (model_object(model, record.created_s) for model, record in models)
         _json(request, list_body(objects))
 
-    def _show_model(self, request: Request, name: str) -> None:
+    async def _show_model(self, request: Request) -> None:
+        name = unquote(request.path.removeprefix(_MODEL))
         model = self._view.names.get(name)
         if model is None:
             raise ModelNotFound(unknown_model(name, self._settings, self._view), param="model")
         created_s = self._view.models[model].created_s
         _json(request, model_body(model_object(model, created_s)))
 
-    def _readyz(self, request: Request) -> None:
+    async def _readyz(self, request: Request) -> None:
         reason = self._not_ready()
         if reason:
             raise Unavailable(reason, retry_after_s=1.0)
@@ -202,7 +201,7 @@ def render(error: SLLMError) -> tuple[int, list[tuple[str, str]], bytes]:
     return status, headers, body
 
 
-def _alive(request: Request) -> None:
+async def _alive(request: Request) -> None:
     _text(request, b"ok\n")
 
 
