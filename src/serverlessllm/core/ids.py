@@ -17,6 +17,8 @@ CheckpointId = NewType("CheckpointId", str)
 AgentId = NewType("AgentId", str)
 InstanceId = NewType("InstanceId", str)
 RequestId = NewType("RequestId", str)
+KeyId = NewType("KeyId", str)
+"""Public name of an API key: `key_` and 12 hex digits."""
 
 Epoch = NewType("Epoch", int)
 """Fencing number of an agent's registration or a job's ownership: the higher one wins."""

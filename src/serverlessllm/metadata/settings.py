@@ -22,3 +22,7 @@ class MetadataSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Tries of one compare-and-swap loop of the registry."""
     jobs_kept_max: int = 256
     """Finished ingest jobs that stay readable, one a model, the newest."""
+    api_keys_max: int = 10_000
+    """API keys that may be in use."""
+    revoked_keys_kept_max: int = 256
+    """Revoked API keys that stay readable, the newest; never fewer than one."""

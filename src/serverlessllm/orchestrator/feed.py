@@ -13,6 +13,8 @@ from serverlessllm.metadata.base import Revision
 from serverlessllm.metadata.registry import (
     AgentChanged,
     AgentGone,
+    ApiKeyChanged,
+    ApiKeyGone,
     JobChanged,
     ModelChanged,
     ModelDeleted,
@@ -21,6 +23,7 @@ from serverlessllm.metadata.registry import (
     Resync,
     Snapshot,
 )
+from serverlessllm.metadata.registry.keys import API_KEYS
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.view import ClusterView
 from serverlessllm.orchestrator.waits import settled
@@ -111,6 +114,10 @@ class Feed:
                 view.drop_job(model)
             case JobChanged(job=job) if job is not None:
                 view.put_job(job)
+            case ApiKeyChanged(api_key=key):
+                view.put_api_key(key)
+            case ApiKeyGone(id=key_id):
+                view.drop_api_key(key_id)
 
     def _apply_snapshot(self, snapshot: Snapshot) -> None:
         now_s = self._clock.now_s()
@@ -120,15 +127,21 @@ class Feed:
             self._view.list_agent(agent, snapshot.revision, now_s)
         for job in snapshot.jobs:
             self._view.put_job(job)
+        for key in snapshot.api_keys:
+            self._view.put_api_key(key)
+        if any(entry.startswith(API_KEYS) for entry in snapshot.unreadable):
+            self._view.ask_for_keys()
         # A store that went back, or has records we cannot read, proves nobody's absence.
         if snapshot.revision >= self._revision and not snapshot.unreadable:
             self._view.keep_only(
                 models=[stored.record.spec.model for stored in snapshot.models],
                 agents=[agent.agent for agent in snapshot.agents],
                 jobs=[job.model for job in snapshot.jobs],
+                api_keys=[key.id for key in snapshot.api_keys],
             )
         self._revision = snapshot.revision
         self.available = True
+        self._view.listed = True
         self._listed.set()
 
 

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from serverlessllm.core.apikeys import ApiKey
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import AgentRecord, CacheLevel, JobRecord, ModelOnAgent
-from serverlessllm.core.ids import Address, AgentId, ModelId
+from serverlessllm.core.ids import Address, AgentId, KeyId, ModelId
 from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.core.models import ModelRecord
 from serverlessllm.orchestrator.waits import settled
@@ -44,7 +45,7 @@ class AgentSeen:
 
 
 class ClusterView:
-    """Models by every name, agents, jobs. `version` grows with each change."""
+    """Models by every name, agents, jobs, API keys. `version` grows with each change."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -52,6 +53,14 @@ class ClusterView:
         self.names: dict[str, ModelId] = {}
         self.agents: dict[AgentId, AgentSeen] = {}
         self.jobs: dict[ModelId, JobRecord] = {}
+        self.api_keys: dict[str, ApiKey] = {}
+        """By the SHA-256 of their text, the revoked ones among them."""
+        self.keys_version = 0
+        """Grows with each change of the keys."""
+        self.keys_asked = False
+        """Whether there ever was a key: from then on whoever has none is refused."""
+        self.listed = False
+        """Whether the metadata store has ever been read: before, nobody knows of keys."""
         self._change: asyncio.Future[None] | None = None
 
     async def changed(self, since_version: int, clock: Clock, timeout_s: float) -> None:
@@ -109,12 +118,31 @@ class ClusterView:
         if self.jobs.pop(model, None) is not None:
             self._touch()
 
+    def put_api_key(self, key: ApiKey) -> None:
+        self.keys_asked = True
+        if self.api_keys.get(key.sha256) == key:
+            return
+        self.api_keys[key.sha256] = key
+        self._touch_keys()
+
+    def drop_api_key(self, key: KeyId) -> None:
+        for digest in [digest for digest, known in self.api_keys.items() if known.id == key]:
+            del self.api_keys[digest]
+            self._touch_keys()
+
+    def ask_for_keys(self) -> None:
+        """There are keys, though none may be readable here."""
+        if not self.keys_asked:
+            self.keys_asked = True
+            self._touch_keys()
+
     def keep_only(
         self,
         *,
         models: Iterable[ModelId],
         agents: Iterable[AgentId],
         jobs: Iterable[ModelId],
+        api_keys: Iterable[KeyId] = (),
     ) -> None:
         """Forget what a complete list no longer has."""
         for model in self.models.keys() - set(models):
@@ -123,6 +151,8 @@ class ClusterView:
             self.drop_agent(agent)
         for job in self.jobs.keys() - set(jobs):
             self.drop_job(job)
+        for key in {key.id for key in self.api_keys.values()} - set(api_keys):
+            self.drop_api_key(key)
 
     # Noted by requests; the next heartbeat has the last word.
 
@@ -166,6 +196,10 @@ class ClusterView:
     def _forget_names(self, model: ModelId) -> None:
         for name in [name for name, owner in self.names.items() if owner == model]:
             del self.names[name]
+
+    def _touch_keys(self) -> None:
+        self.keys_version += 1
+        self._touch()
 
     def _touch(self) -> None:
         self.version += 1

@@ -1,4 +1,4 @@
-"""Models, agents and ingest jobs as typed records, over any adapter of the seam.
+"""Models, agents, ingest jobs and API keys as typed records, over any adapter of the seam.
 
 An epoch is the store's revision at which its owner registered: it rises with every registration,
 outlives leases, and needs no counter of its own. Every rule that spans writers is decided by a
@@ -8,6 +8,8 @@ compare-and-swap on one key; nothing here is a lock.
 from serverlessllm.metadata.registry.changes import (
     AgentChanged,
     AgentGone,
+    ApiKeyChanged,
+    ApiKeyGone,
     JobChanged,
     JobClaim,
     ModelChanged,
@@ -23,6 +25,8 @@ from serverlessllm.metadata.registry.registry import Registry
 __all__ = [
     "AgentChanged",
     "AgentGone",
+    "ApiKeyChanged",
+    "ApiKeyGone",
     "JobChanged",
     "JobClaim",
     "ModelChanged",

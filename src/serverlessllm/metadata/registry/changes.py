@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from serverlessllm.core.apikeys import ApiKey
 from serverlessllm.core.cluster import AgentRecord, JobRecord
-from serverlessllm.core.ids import AgentId, CheckpointId, Epoch, ModelId
+from serverlessllm.core.ids import AgentId, CheckpointId, Epoch, KeyId, ModelId
 from serverlessllm.core.models import ModelRecord
 from serverlessllm.metadata.base import LeaseId, Revision
 
@@ -26,6 +27,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[StoredModel, ...]
     agents: tuple[AgentRecord, ...]
     jobs: tuple[JobRecord, ...]
+    api_keys: tuple[ApiKey, ...] = ()
     revision: Revision
     unreadable: tuple[str, ...] = ()
 
@@ -97,10 +99,33 @@ class JobChanged(msgspec.Struct, frozen=True, kw_only=True):
     revision: Revision
 
 
+class ApiKeyChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """An API key was made or revoked."""
+
+    api_key: ApiKey
+    revision: Revision
+
+
+class ApiKeyGone(msgspec.Struct, frozen=True, kw_only=True):
+    """A key that had been revoked long ago was forgotten."""
+
+    id: KeyId
+    revision: Revision
+
+
 class Resync(msgspec.Struct, frozen=True, kw_only=True):
     """Changes were missed: take a snapshot, forget nothing that still answers."""
 
     revision: Revision
 
 
-RegistryChange = ModelChanged | ModelDeleted | AgentChanged | AgentGone | JobChanged | Resync
+RegistryChange = (
+    ModelChanged
+    | ModelDeleted
+    | AgentChanged
+    | AgentGone
+    | JobChanged
+    | ApiKeyChanged
+    | ApiKeyGone
+    | Resync
+)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from serverlessllm.core.ids import AgentId, ModelId
+from serverlessllm.core.ids import AgentId, KeyId, ModelId
 
 MODELS = "models/"
 AGENTS = "agents/"
 JOBS = "jobs/ingest/"
+API_KEYS = "apikeys/"
 
 JOB_EPOCHS = "epochs/ingest"
 """Put to take a number: the revision is a new job's epoch."""
@@ -28,6 +29,10 @@ def agent_key(agent: AgentId) -> str:
 def agent_epoch_key(agent: AgentId) -> str:
     """Its revision is the epoch of the agent's newest registration; never leased."""
     return f"epochs/agents/{agent}"
+
+
+def api_key_key(key: KeyId) -> str:
+    return f"{API_KEYS}{key}"
 
 
 def job_key(model: ModelId) -> str:

@@ -2,8 +2,8 @@
 
 A record of a newer major version is refused, and said so. A record of the same version may hold
 fields that this program does not know (a newer minor version wrote them): they are ignored by a
-reader, and kept when a model's record is rewritten (`encode` with `previous`). Agents and jobs
-need no such care: each has one writer, which writes the whole record.
+reader, and kept when a model's or a key's record is rewritten (`encode` with `previous`). Agents
+and jobs need no such care: each has one writer, which writes the whole record.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TypeVar, Union, get_args, get_origin
 
 import msgspec
 
+from serverlessllm.core.apikeys import ApiKey
 from serverlessllm.core.cluster import AgentRecord, JobRecord
 from serverlessllm.core.errors import UnreadableRecord
 from serverlessllm.core.models import SCHEMA_VERSION, ModelRecord
@@ -20,7 +21,7 @@ from serverlessllm.metadata.base import Entry
 from serverlessllm.telemetry.logs import log
 from serverlessllm.telemetry.table import RECORDS_REFUSED
 
-Record = TypeVar("Record", ModelRecord, AgentRecord, JobRecord)
+Record = TypeVar("Record", ModelRecord, AgentRecord, JobRecord, ApiKey)
 
 _ENCODER = msgspec.json.Encoder()
 _log = log("metadata")

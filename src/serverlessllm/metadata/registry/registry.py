@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from serverlessllm.core.apikeys import ApiKey
 from serverlessllm.core.cluster import AgentRecord, JobRecord
-from serverlessllm.core.ids import AgentId, ModelId
+from serverlessllm.core.ids import AgentId, KeyId, ModelId
 from serverlessllm.metadata.base import Change, Entry, Metadata, Revision
 from serverlessllm.metadata.registry.agents import Agents
+from serverlessllm.metadata.registry.apikeys import ApiKeys
 from serverlessllm.metadata.registry.changes import (
     AgentChanged,
     AgentGone,
+    ApiKeyChanged,
+    ApiKeyGone,
     JobChanged,
     ModelChanged,
     ModelDeleted,
@@ -21,13 +25,13 @@ from serverlessllm.metadata.registry.changes import (
     StoredModel,
 )
 from serverlessllm.metadata.registry.jobs import Jobs
-from serverlessllm.metadata.registry.keys import AGENTS, JOBS, MODELS
+from serverlessllm.metadata.registry.keys import AGENTS, API_KEYS, JOBS, MODELS
 from serverlessllm.metadata.registry.models import readable_model
 from serverlessllm.metadata.registry.records import readable
 from serverlessllm.metadata.settings import MetadataSettings
 
 
-class Registry(Jobs, Agents):
+class Registry(Jobs, Agents, ApiKeys):
     """The typed view of a metadata store. Every call may raise `MetadataUnavailable`."""
 
     def __init__(self, metadata: Metadata, settings: MetadataSettings | None = None) -> None:
@@ -39,22 +43,26 @@ class Registry(Jobs, Agents):
         models: list[StoredModel] = []
         agents: list[AgentRecord] = []
         jobs: list[JobRecord] = []
+        api_keys: list[ApiKey] = []
         unreadable: list[str] = []
         for entry in listing.entries:
             change = _changed(entry)
             if change is None:
-                if entry.key.startswith((MODELS, AGENTS, JOBS)):
+                if entry.key.startswith((MODELS, AGENTS, JOBS, API_KEYS)):
                     unreadable.append(entry.key)
             elif isinstance(change, ModelChanged):
                 models.append(change.model)
             elif isinstance(change, AgentChanged):
                 agents.append(change.agent)
+            elif isinstance(change, ApiKeyChanged):
+                api_keys.append(change.api_key)
             elif change.job is not None:
                 jobs.append(change.job)
         return Snapshot(
             models=tuple(models),
             agents=tuple(agents),
             jobs=tuple(jobs),
+            api_keys=tuple(api_keys),
             revision=listing.revision,
             unreadable=tuple(unreadable),
         )
@@ -88,10 +96,12 @@ def _deleted(key: str, revision: Revision) -> RegistryChange | None:
     if key.startswith(JOBS):
         model = ModelId(key.removeprefix(JOBS))
         return JobChanged(model=model, job=None, revision=revision)
+    if key.startswith(API_KEYS):
+        return ApiKeyGone(id=KeyId(key.removeprefix(API_KEYS)), revision=revision)
     return None
 
 
-def _changed(entry: Entry) -> ModelChanged | AgentChanged | JobChanged | None:
+def _changed(entry: Entry) -> ModelChanged | AgentChanged | JobChanged | ApiKeyChanged | None:
     """None: not a record of ours, or one that this version cannot read."""
     revision = entry.revision
     if entry.key.startswith(MODELS):
@@ -103,4 +113,7 @@ def _changed(entry: Entry) -> ModelChanged | AgentChanged | JobChanged | None:
     if entry.key.startswith(JOBS):
         job = readable(entry, JobRecord)
         return None if job is None else JobChanged(model=job.model, job=job, revision=revision)
+    if entry.key.startswith(API_KEYS):
+        found = readable(entry, ApiKey)
+        return None if found is None else ApiKeyChanged(api_key=found, revision=revision)
     return None
