@@ -141,7 +141,7 @@ class Feed:
             )
         self._revision = snapshot.revision
         self.available = True
-        self._view.listed = True
+        self._view.is_listed()
         self._listed.set()
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from serverlessllm.core.ids import Address
 
+WORKERS_MAX = 256
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 
 
@@ -16,6 +17,9 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     listen: Address = Address("http://127.0.0.1:8000")
     """Where clients are served."""
+    workers: int = 1
+    """Processes that serve `listen` together; 1: this one alone, 0: one a core. More than one is
+    for front doors that a core is not enough for."""
     api_key_sha256: tuple[str, ...] = ()
     """Hex SHA-256 of each accepted API key; empty: no key is asked for."""
     allow_public_without_key: bool = False
@@ -84,7 +88,22 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     drain_finish_s: float = 120.0
     """After SIGTERM: how long running answers may take to finish."""
 
+    worker_start_s_max: float = 60.0
+    """How long a worker may take to listen before it counts as crashed."""
+    worker_restart_s_min: float = 0.5
+    """The pause after a worker's second crash in a row (the first has none); it doubles."""
+    worker_restart_s_max: float = 30.0
+    """The longest pause before a worker is started again."""
+    worker_silent_s_max: float = 20.0
+    """A worker that says nothing for so long hangs: it is killed, and another one started."""
+    worker_share_s: float = 0.1
+    """How often workers tell each other what keys have spent of their limits."""
+    worker_figures_s_max: float = 1.0
+    """How long `/metrics` waits for a worker's figures before it shows the last known."""
+
     def __post_init__(self) -> None:
+        if not 0 <= self.workers <= WORKERS_MAX:
+            raise ValueError(f"workers: from 0 (one a core) to {WORKERS_MAX}")
         if not all(_SHA256.fullmatch(digest) for digest in self.api_key_sha256):
             # Never shown: it may be the key itself.
             raise ValueError(

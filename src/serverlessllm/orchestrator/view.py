@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import msgspec
 
@@ -44,6 +45,23 @@ class AgentSeen:
         return self.failed or now_s - self.seen_s > silent_s
 
 
+class ObservesView(Protocol):
+    """Told of each change at once, so that others may keep a copy: the view itself says what is
+    so now (nothing, when it is gone). Jobs are not told."""
+
+    def model_changed(self, model: ModelId) -> None: ...
+
+    def agent_changed(self, agent: AgentId) -> None:
+        """A heartbeat came, requests noted something, or it is gone."""
+        ...
+
+    def key_changed(self, key: KeyId) -> None: ...
+
+    def keys_are_known(self) -> None:
+        """`listed` or `keys_asked` has become true."""
+        ...
+
+
 class ClusterView:
     """Models by every name, agents, jobs, API keys. `version` grows with each change."""
 
@@ -61,6 +79,7 @@ class ClusterView:
         """Whether there ever was a key: from then on whoever has none is refused."""
         self.listed = False
         """Whether the metadata store has ever been read: before, nobody knows of keys."""
+        self.observer: ObservesView | None = None
         self._change: asyncio.Future[None] | None = None
 
     async def changed(self, since_version: int, clock: Clock, timeout_s: float) -> None:
@@ -81,7 +100,7 @@ class ClusterView:
         self._forget_names(record.spec.model)
         self.models[record.spec.model] = record
         self._learn_names(record)
-        self._touch()
+        self._touch_model(record.spec.model)
 
     def drop_model(self, model: ModelId) -> None:
         if self.models.pop(model, None) is not None:
@@ -89,14 +108,14 @@ class ClusterView:
             # A name that the lost model hid may belong to another one.
             for record in self.models.values():
                 self._learn_names(record)
-            self._touch()
+            self._touch_model(model)
 
     def put_agent(self, record: AgentRecord, revision: int, now_s: float) -> None:
         """A heartbeat has come."""
         known = self.agents.get(record.agent)
         if known is None or record.epoch >= known.record.epoch:
             self.agents[record.agent] = AgentSeen(record, revision, now_s)
-            self._touch()
+            self._touch_agent(record.agent)
 
     def list_agent(self, record: AgentRecord, revision: int, now_s: float) -> None:
         """A list has it: no sign of life if it is what the last heartbeat said."""
@@ -104,9 +123,21 @@ class ClusterView:
         if known is None or known.reported != record:
             self.put_agent(record, revision, now_s)
 
+    def mirror_agent(
+        self, record: AgentRecord, revision: int, seen_s: float, *, failed: bool
+    ) -> None:
+        """As another process of this machine sees it, with what its requests noted."""
+        seen = self.agents.get(record.agent)
+        if seen is None or seen.seen_s != seen_s:
+            seen = self.agents[record.agent] = AgentSeen(record, revision, seen_s)
+        seen.record = record
+        seen.models = {on.model: on for on in record.models}
+        seen.failed = failed
+        self._touch_agent(record.agent)
+
     def drop_agent(self, agent: AgentId) -> None:
         if self.agents.pop(agent, None) is not None:
-            self._touch()
+            self._touch_agent(agent)
 
     def put_job(self, record: JobRecord) -> None:
         if self.jobs.get(record.model) == record:
@@ -123,18 +154,24 @@ class ClusterView:
         if self.api_keys.get(key.sha256) == key:
             return
         self.api_keys[key.sha256] = key
-        self._touch_keys()
+        self._touch_key(key.id)
 
     def drop_api_key(self, key: KeyId) -> None:
         for digest in [digest for digest, known in self.api_keys.items() if known.id == key]:
             del self.api_keys[digest]
-            self._touch_keys()
+            self._touch_key(key)
 
     def ask_for_keys(self) -> None:
         """There are keys, though none may be readable here."""
         if not self.keys_asked:
             self.keys_asked = True
-            self._touch_keys()
+            self._touch_keys_known()
+
+    def is_listed(self) -> None:
+        """The metadata store has been read."""
+        if not self.listed:
+            self.listed = True
+            self._touch_keys_known()
 
     def keep_only(
         self,
@@ -161,7 +198,7 @@ class ClusterView:
         seen = self.agents.get(agent)
         if seen is not None and not seen.failed:
             seen.failed = True
-            self._touch()
+            self._touch_agent(agent)
 
     def became_ready(self, agent: AgentId, model: ModelId) -> None:
         """Its load ended well, to the last byte: the heartbeat that says so is still under way."""
@@ -185,7 +222,7 @@ class ClusterView:
         )
         models = tuple(seen.models.values())
         seen.record = msgspec.structs.replace(seen.record, models=models)
-        self._touch()
+        self._touch_agent(agent)
 
     def _learn_names(self, record: ModelRecord) -> None:
         """A canonical name beats an alias; the first alias beats a later one."""
@@ -197,9 +234,27 @@ class ClusterView:
         for name in [name for name, owner in self.names.items() if owner == model]:
             del self.names[name]
 
-    def _touch_keys(self) -> None:
+    def _touch_model(self, model: ModelId) -> None:
+        self._touch()
+        if self.observer is not None:
+            self.observer.model_changed(model)
+
+    def _touch_agent(self, agent: AgentId) -> None:
+        self._touch()
+        if self.observer is not None:
+            self.observer.agent_changed(agent)
+
+    def _touch_key(self, key: KeyId) -> None:
         self.keys_version += 1
         self._touch()
+        if self.observer is not None:
+            self.observer.key_changed(key)
+
+    def _touch_keys_known(self) -> None:
+        self.keys_version += 1
+        self._touch()
+        if self.observer is not None:
+            self.observer.keys_are_known()
 
     def _touch(self) -> None:
         self.version += 1

@@ -67,7 +67,7 @@ def test_every_setting_that_is_a_number_of_something_has_its_unit():
         r"_(bytes|bytes_s|s|max|min|lines|factor|share|gain|tries|blocks|concurrency)"
         r"(_max|_min)?$"
     )
-    bare = {"tries", "backlog", "delta", "cpus"}
+    bare = {"tries", "backlog", "delta", "cpus", "workers"}
     unnamed = [
         key
         for key, field in schema.fields(Settings).items()
