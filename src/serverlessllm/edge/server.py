@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -72,9 +73,10 @@ class EdgeServer:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    async def start(self, address: Address) -> Address:
+    async def start(self, address: Address, bound: socket.socket | None = None) -> Address:
         """Listen on `unix:/path` or `http://host:port`; port 0 takes a free one. Returns the
-        actual address. May be called again, for one address more.
+        actual address. May be called again, for one address more. `bound` is a socket that has
+        the address already, perhaps with other processes; it is closed with the listener.
 
         Raises:
             OSError: the address cannot be had.
@@ -83,7 +85,9 @@ class EdgeServer:
         self.loop = asyncio.get_running_loop()
         where = split_address(address)
         backlog = self.settings.backlog
-        if isinstance(where, str):
+        if bound is not None:
+            listener = await self.loop.create_server(self._connect, sock=bound, backlog=backlog)
+        elif isinstance(where, str):
             _free(where)
             self._paths.append(where)
             listener = await self.loop.create_unix_server(self._connect, where, backlog=backlog)

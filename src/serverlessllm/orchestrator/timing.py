@@ -21,7 +21,9 @@ NOTHING_LINES = _WARM_LINES % (0, 0.0, 0.0)
 class Timing:
     """What is known of one request's time so far."""
 
-    __slots__ = ("first_byte_s", "loaded", "model", "place_s", "sent_s", "waited_s")
+    __slots__ = (
+        "elsewhere", "first_byte_s", "inner", "loaded", "model", "place_s", "sent_s", "waited_s",
+    )  # fmt: skip
 
     def __init__(self, model: ModelId) -> None:
         self.model = model
@@ -33,6 +35,10 @@ class Timing:
         self.waited_s = 0.0
         """In the waiting room."""
         self.loaded: Loaded | None = None
+        self.elsewhere = False
+        """Another process of this front door answers and counts it."""
+        self.inner = b""
+        """That one's lines, once it has answered."""
 
 
 def timing_lines(timing: object, arrived_s: float, now_s: float) -> bytes:
@@ -44,6 +50,8 @@ def timing_lines(timing: object, arrived_s: float, now_s: float) -> bytes:
     total_ms = (now_s - arrived_s) * 1e3
     if not isinstance(timing, Timing):
         return _WARM_LINES % (total_ms, 0.0, 0.0)
+    if timing.inner:
+        return timing.inner
     ttft_ms = (now_s - timing.sent_s) * 1e3 if timing.sent_s else 0.0
     loaded = timing.loaded
     if loaded is None:

@@ -123,7 +123,6 @@ class Routes:
                     await _end_stream(request, _DRAINING)
             else:
                 status = _GONE
-                CLIENTS_GONE.inc(path)
             raise
         finally:
             self._note(request, status)
@@ -142,6 +141,10 @@ class Routes:
         model = timing.model if isinstance(timing, Timing) else ""
         seconds = self._clock.now_s() - request.arrived_s
         self._running[path] -= 1
+        if isinstance(timing, Timing) and timing.elsewhere:
+            return
+        if status == _GONE:
+            CLIENTS_GONE.inc(path)
         REQUESTS.inc(path, model, str(status))
         REQUEST_SECONDS.observe(seconds, path, model)
         _log.debug("request", request=request.id, model=model, status=status, seconds=seconds)
