@@ -1,6 +1,6 @@
 """The real orchestrator before a mock agent, as a target of `bench.edge`.
 
-    python -m bench.orchestrator PORT UPSTREAM_PORT
+    python -m bench.orchestrator PORT UPSTREAM_PORT [--key KEY]
 
 Everything of `sllm orchestrator` runs: registry, watch, view, router, edge, metrics. The agent is a
 record in the registry, refreshed each second, whose address is the mock's.
@@ -9,6 +9,7 @@ record in the registry, refreshed each second, whose address is the mock's.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sys
 import tempfile
 
@@ -32,6 +33,7 @@ LEASE_S = 10.0
 def main() -> None:
     """Serve until SIGTERM."""
     port, upstream_port = (int(argument) for argument in sys.argv[1:3])
+    keys = [hashlib.sha256(key.encode()).hexdigest() for key in sys.argv[4:]]
     with tempfile.TemporaryDirectory(prefix="sllm-bench-") as folder:
         loaded = load(
             overrides={
@@ -39,6 +41,7 @@ def main() -> None:
                 "runtime_dir": f"{folder}/run",
                 "metadata_url": f"sqlite:///{folder}/metadata.db",
                 "orchestrator.listen": f"127.0.0.1:{port}",
+                "orchestrator.api_key_sha256": keys,
                 "edge.drain_accept_s": 0,
             }
         )

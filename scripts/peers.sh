@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Build the environments of the loaders that bench/load.py measures beside ours, one each under
-# .venvs/. What is there is left alone; a peer that cannot be installed leaves its reason in
+# Build the environments of what bench/load.py (loaders) and bench/edge.py (routers) measure beside
+# ours, one each under .venvs/. What is there is left alone; a peer that cannot be installed leaves its reason in
 # .venvs/NAME.log, which the benchmark prints in its row.
 #
-#   scripts/peers.sh [NAME…]    only these, such as: safetensors tensorizer
+#   scripts/peers.sh [NAME…]    only these, such as: safetensors vllm-router
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,8 +15,14 @@ declare -A packages=(
     [fastsafetensors]="fastsafetensors==0.5.0"
     [instanttensor]="instanttensor==0.2.2"
     [transformers]="transformers accelerate"
+    [vllm-router]="vllm-router==0.1.17"
+    [sglang-router]="sglang-router==0.3.2"
+    [litellm]="litellm[proxy]==1.106.2"
+    [aiohttp]="aiohttp uvicorn uvloop httptools"
 )
-order=(torch safetensors runai tensorizer fastsafetensors instanttensor transformers)
+loaders=(torch safetensors runai tensorizer fastsafetensors instanttensor transformers)
+routers=(vllm-router sglang-router litellm aiohttp)
+order=("${loaders[@]}" "${routers[@]}")
 wheels=.venvs/wheels
 
 # By pip, because a folder of wheels that pip is told of may hold a build of torch for CPUs. From
@@ -32,12 +38,15 @@ build() {
     stamp="$PWD ${packages[$name]} $(sha256sum <constraints.txt)"
     [[ -f $environment/.stamp && $(<"$environment/.stamp") == "$stamp" ]] && return
     echo "peers: building $environment" >&2
-    fetch_torch
     rm -rf "$environment"
     .venv/bin/uv venv --quiet --python .venv/bin/python "$environment"
+    local install=(.venv/bin/uv pip install --quiet --python "$environment/bin/python")
+    if [[ " ${loaders[*]} " == *" $name "* ]]; then
+        fetch_torch
+        install+=(--find-links "$wheels" --constraint constraints.txt torch numpy)
+    fi
     # shellcheck disable=SC2086 # several packages, one word each
-    .venv/bin/uv pip install --quiet --python "$environment/bin/python" --find-links "$wheels" \
-        --constraint constraints.txt torch numpy ${packages[$name]}
+    "${install[@]}" ${packages[$name]}
     printf '%s' "$stamp" >"$environment/.stamp"
 }
 

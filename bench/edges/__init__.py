@@ -1,0 +1,1 @@
+"""The parts of bench/edge.py: the routers it compares, the load, the figures."""
