@@ -30,3 +30,11 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Alternatives per token."""
     tools_max: int = 128
     """Tools of one chat."""
+    schema_bytes_max: int = 262_144
+    """Of one JSON Schema: of an answer (`response_format`) or of a tool's parameters."""
+    logit_bias_max: int = 4096
+    """Tokens in `logit_bias`."""
+    token_ids_max: int = 262_144
+    """Token ids of one request, all of its prompts together."""
+    dimensions_max: int = 65_536
+    """Length of an embedding (`dimensions`)."""

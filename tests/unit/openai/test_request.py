@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -61,12 +60,9 @@ def test_keep_alive(keep_alive: object, seconds: float | None) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
         {"stop": None, "n": None, "temperature": None, "stream": None, "max_tokens": None},
-        {"stop": ["a"] * 4, "n": 128, "temperature": 2, "top_p": 1, "max_tokens": 0},
-        {"tools": [{"type": "function"}], "response_format": {"type": "json_object"}},
-        {"messages": [{"role": "u", "content": [{"type": "i", "image_url": {"url": "data:x"}}]}]},
+        {"stop": ["a"] * 4, "n": 128, "temperature": 2, "top_p": 1, "max_tokens": 1},
     ],
 )
 def test_what_clients_send_is_accepted(fields: dict[str, object]) -> None:
@@ -99,13 +95,8 @@ def test_what_clients_send_is_accepted(fields: dict[str, object]) -> None:
         ({"stop": "a" * 5000}, "stop"),
         ({"stop": [1]}, "stop[0]"),
         ({"top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{}] * 129}, "tools"),
         ({"keep_alive": "5 parsecs"}, "keep_alive"),
         ({"keep_alive": True}, "keep_alive"),
-        (
-            {"messages": [USER, {"role": "u", "content": [{"type": "i", "image_url": "http:x"}]}]},
-            "messages[1].content[0].image_url",
-        ),
     ],
 )
 def test_the_field_that_is_wrong_is_named(fields: dict[str, object], param: str) -> None:
@@ -161,8 +152,8 @@ def test_what_is_not_a_json_object_in_bounds(body: bytes) -> None:
 def test_depth_is_counted_outside_of_strings() -> None:
     bodies = (
         with_field(b"[" * 63 + b"]" * 63),
-        chat(messages=[{"role": "u", "content": '[{"\\' * 200}]),
-        chat(messages=[{"role": "u", "content": "x"}] * 500),
+        chat(messages=[{"role": "user", "content": '[{"\\' * 200}]),
+        chat(messages=[{"role": "user", "content": "x"}] * 500),
     )
     assert all(parse_chat(body, LIMITS).model for body in bodies)
 
@@ -203,28 +194,6 @@ def test_any_bytes_give_an_answer_or_an_error_of_the_contract(body: bytes) -> No
 
 
 @pytest.mark.parametrize(
-    "prompt", ['"x"', '["x","y"]', "[1,2]", "[[1],[2]]", ' [ "x" ]', '"' + "x" * 99 + '"']
-)
-def test_prompts_and_inputs(prompt: str) -> None:
-    body = f'{{"model":"m","prompt":{prompt},"input":{prompt}}}'.encode()
-    assert parse_completion(body, LIMITS).model == "m"
-    assert parse_embeddings(body, LIMITS).model == "m"
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    ["null", "1", "{}", "[]", "true", "[null]", '["x",1]', "[{}]", '["x"' + ',"x"' * 2048 + "]"],
-)
-@pytest.mark.parametrize("parse", [parse_completion, parse_embeddings])
-def test_what_is_no_prompt(
-    parse: Callable[[bytes, RequestLimits], ParsedRequest], prompt: str
-) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        parse(f'{{"model":"m","prompt":{prompt},"input":{prompt}}}'.encode(), LIMITS)
-    assert caught.value.param in {"prompt", "input"}
-
-
-@pytest.mark.parametrize(
     "kind",
     [
         None,
@@ -245,7 +214,7 @@ def test_other_content_types(kind: str) -> None:
 
 
 HOSTILE = {
-    "one long text": chat(messages=[{"role": "u", "content": "hello wo" * (MIB - 100)}]),
+    "one long text": chat(messages=[{"role": "user", "content": "hello wo" * (MIB - 100)}]),
     "escapes": with_field(b'"' + b'\\n\\"\\\\' * (8 * MIB // 6) + b'"'),
     "brackets, deep": with_field(b"[" * (4 * MIB)),
     "brackets, flat": with_field(b"[" + b"[]," * (8 * MIB // 3) + b"1]"),
@@ -253,7 +222,7 @@ HOSTILE = {
     "numbers": with_field(b"[" + b"1," * (4 * MIB) + b"1]"),
     "strings": with_field(b"[" + b'"",' * (8 * MIB // 3) + b"1]"),
     "stops": chat(stop=[""] * 90_000),
-    "messages": chat(messages=[{"role": "u"}] * 40_000),
+    "messages": chat(messages=[USER] * 40_000),
 }
 
 

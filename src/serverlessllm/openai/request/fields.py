@@ -1,0 +1,159 @@
+"""What requests share: the fields of every one, those of sampled text, and their limits."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from serverlessllm.core.errors import InvalidRequest
+from serverlessllm.core.ids import ModelId, parse_model_id
+from serverlessllm.core.units import parse_duration_s
+from serverlessllm.openai.request.errors import (
+    AboveMaximum,
+    ArrayTooLong,
+    BelowMinimum,
+    InvalidValue,
+    ObjectTooLarge,
+    TextTooLong,
+)
+from serverlessllm.openai.settings import RequestLimits
+
+Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=2)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
+Count: TypeAlias = Annotated[int, Meta(ge=0)]
+AtLeastOne: TypeAlias = Annotated[int, Meta(ge=1)]
+Int64: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
+Stop: TypeAlias = Annotated[str, Meta(min_length=1)]
+Identifier: TypeAlias = Annotated[str, Meta(max_length=512)]
+
+
+class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What routing needs of a request."""
+
+    model: ModelId
+    stream: bool = False
+    keep_alive_s: float | None = None
+    """This request's own; -1 for ever; None: the model's."""
+    answer_tokens_max: int | None = None
+    """The most tokens that the answer may have, all of its choices together, where it says so."""
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a stream is told; only together with `stream`."""
+
+    include_usage: bool | None = None
+    """End the stream with a chunk that counts the tokens."""
+    include_obfuscation: bool | None = None
+    """Accepted, and without effect here."""
+
+
+class RequestFields(msgspec.Struct, frozen=True, kw_only=True):
+    """What every request may say; fields that are not named here pass through to the backend."""
+
+    model: str
+    """A registered model's name or alias, or one that can be ingested on demand:
+    `[org/]name[@revision]`."""
+    keep_alive: str | float | int | None = None
+    """How long the model stays ready after this request: seconds, a duration such as `5m`, 0 to
+    unload at once, -1 for ever. Null: as the model's owner set it."""
+    user: Identifier | None = None
+    """A stable name of your end user."""
+
+
+class SampledFields(RequestFields, frozen=True, kw_only=True):
+    """What chats and completions share."""
+
+    stream: bool | None = None
+    """Answer with server-sent events, a chunk as soon as it is there."""
+    stream_options: StreamOptions | None = None
+    """How the stream is told; only together with `stream`."""
+    n: AtLeastOne | None = None
+    """Answers to the same prompt."""
+    stop: Stop | list[Stop] | None = None
+    """Texts at which the answer ends; they are not part of it."""
+    temperature: Temperature | None = None
+    """0 always takes the likeliest token; higher is more random."""
+    top_p: Share | None = None
+    """Sample only from the likeliest tokens that have this much probability together."""
+    presence_penalty: Penalty | None = None
+    """Above 0: tokens that occurred at all become less likely."""
+    frequency_penalty: Penalty | None = None
+    """Above 0: tokens become less likely the more often they occurred."""
+    logit_bias: dict[TokenId, Bias] | None = None
+    """Added to the logits of these token ids before sampling."""
+    seed: Int64 | None = None
+    """Equal requests with equal seeds give equal answers, as far as the backend can."""
+
+
+_model = functools.lru_cache(maxsize=1024)(parse_model_id)
+"""Clients name few models, again and again; what is refused is not remembered."""
+
+
+def parsed(
+    fields: RequestFields, *, stream: bool = False, answer_tokens_max: int | None = None
+) -> ParsedRequest:
+    """What routing needs of it.
+
+    Raises:
+        InvalidModelName, InvalidRequest: `model` or `keep_alive` cannot be one.
+    """
+    keep_alive_s = None
+    if fields.keep_alive is not None:
+        try:
+            keep_alive_s = parse_duration_s(fields.keep_alive)
+        except ValueError as error:
+            raise InvalidValue(f"keep_alive: {error}", param="keep_alive") from error
+    return ParsedRequest(
+        model=_model(fields.model),
+        stream=stream,
+        keep_alive_s=keep_alive_s,
+        answer_tokens_max=answer_tokens_max,
+    )
+
+
+def check_sampled(fields: SampledFields, limits: RequestLimits) -> None:
+    """Raise `InvalidRequest` for what one of these fields may not say beside another."""
+    if fields.n is not None:
+        at_most("n", fields.n, limits.n_max)
+    if fields.stop is not None:
+        _check_stop(fields.stop, limits)
+    if fields.stream_options is not None and not fields.stream:
+        raise InvalidRequest(
+            "stream_options: only together with stream=true", param="stream_options"
+        )
+    if fields.logit_bias is not None and len(fields.logit_bias) > limits.logit_bias_max:
+        raise ObjectTooLarge(
+            f"logit_bias: at most {limits.logit_bias_max} tokens", param="logit_bias"
+        )
+
+
+def _check_stop(stop: str | list[str], limits: RequestLimits) -> None:
+    stops = [stop] if isinstance(stop, str) else stop
+    items_at_most("stop", len(stops), limits.stop_max, "sequences")
+    for text in stops:
+        if len(text) > limits.stop_chars_max:
+            raise TextTooLong(f"stop: at most {limits.stop_chars_max} characters", param="stop")
+
+
+def at_most(param: str, value: int, most: int) -> None:
+    """Raise unless `value` is `most` at most."""
+    if value > most:
+        raise AboveMaximum(f"{param}: at most {most}", param=param)
+
+
+def at_least(param: str, value: int, least: int, why: str) -> None:
+    """Raise unless `value` is `least` at least."""
+    if value < least:
+        raise BelowMinimum(f"{param}: at least {least}{why}", param=param)
+
+
+def items_at_most(param: str, count: int, most: int, what: str) -> None:
+    """Raise unless an array has `most` items at most."""
+    if count > most:
+        raise ArrayTooLong(f"{param}: at most {most} {what}", param=param)
