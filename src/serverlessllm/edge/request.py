@@ -104,13 +104,15 @@ class Line(Protocol):
 class Request:
     """One HTTP message and the way to answer it. Each answer carries `x-request-id`.
 
-    `state` is the handler's: whatever it wants to find again in `answer_headers`.
+    `state` and `caller` (who asks) are the handler's: what it wants to find again in
+    `answer_headers`.
     """
 
     # Defaults live on the class: a request is made for every message, and most keep them.
     refusal: SLLMError | None = None
     """Why the handler never sees this request."""
     state: object = None
+    caller: object = None
     framed = True
     """Whether the client understands chunks; HTTP/1.0 reads until the connection closes."""
     started = False

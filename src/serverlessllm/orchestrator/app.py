@@ -24,6 +24,7 @@ from serverlessllm.orchestrator.rest.guard import Guard, is_local
 from serverlessllm.orchestrator.rest.inference import Inference
 from serverlessllm.orchestrator.rest.internal import InternalServer
 from serverlessllm.orchestrator.rest.management import Management
+from serverlessllm.orchestrator.rest.quota import Quotas
 from serverlessllm.orchestrator.rest.routes import Routes, render
 from serverlessllm.orchestrator.router import Router
 from serverlessllm.orchestrator.seams import DeletesCheckpoints, Ingests
@@ -66,7 +67,9 @@ class Orchestrator:
         self._clock = clock
         self._edge_settings = edge or EdgeSettings()
         self._upstreams = Upstreams(upstream or UpstreamSettings(), clock)
+        self._token = token
         self.view = ClusterView()
+        self.quotas = Quotas(clock)
         self._router = Router(
             self.view, scheduler or SchedulerSettings(), settings.agent_silent_s, clock
         )
@@ -128,7 +131,6 @@ class Orchestrator:
             OSError: the address cannot be had.
         """
         listen = listen or self._settings.listen
-        self._check_public(listen)
         try:
             return await self._start(listen)
         except BaseException:
@@ -139,11 +141,14 @@ class Orchestrator:
         management = await self._internal.start()
         self._run("feed", self._feed.run)
         await self._feed.first_list()
+        self._check_public(listen)
         self._run("vigil", self._vigil.run)
         self._run("replicas", self._keep_replicas)
         self._routes = routes = Routes(
             self._settings,
-            guard=Guard(self._settings, listen),
+            guard=Guard(
+                self._settings, listen, view=self.view, quotas=self.quotas, token=self._token
+            ),
             inference=self._inference,
             view=self.view,
             upstreams=self._upstreams,
@@ -187,12 +192,13 @@ class Orchestrator:
 
     def _check_public(self, listen: Address) -> None:
         settings = self._settings
-        if is_local(listen) or settings.api_key_sha256:
-            return
-        if not settings.allow_public_without_key:
+        asks = settings.require_key or settings.api_key_sha256 or self.view.keys_asked
+        if settings.require_key is False:
+            asks = False
+        if not (is_local(listen) or asks or settings.allow_public_without_key):
             raise ValueError(
-                f"listen address {listen}: other machines reach it, and no API key is set; set "
-                "orchestrator.api_key_sha256, or allow it by allow_public_without_key"
+                f"listen address {listen}: other machines reach it, and no API key is asked for; "
+                "make one (`sllm key create`), or allow it by orchestrator.allow_public_without_key"
             )
 
     def _not_ready(self) -> str:

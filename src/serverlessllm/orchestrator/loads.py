@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import msgspec
@@ -244,20 +244,32 @@ def note_schedule_error(predicted_s: float, actual_s: float) -> None:
     SCHEDULE_ERROR_SECONDS.observe(abs(late_s), "late" if late_s > 0 else "early")
 
 
-def on_demand_spec(model: ModelId, settings: OrchestratorSettings, view: ClusterView) -> ModelSpec:
+def on_demand_spec(
+    model: ModelId,
+    settings: OrchestratorSettings,
+    view: ClusterView,
+    names: Mapping[str, ModelId] | None = None,
+) -> ModelSpec:
     """The spec of a model that nobody registered, if its name may be asked of the hub.
+
+    `names` are those that may be mentioned; None: all of the view's.
 
     Raises:
         ModelNotFound: it may not; names some that are registered.
     """
     if "hf" in settings.on_demand_sources and is_hub_name(model):
         return ModelSpec(model=model, source=f"hf://{model}")
-    raise ModelNotFound(unknown_model(model, settings, view), param="model")
+    raise ModelNotFound(unknown_model(model, settings, view, names), param="model")
 
 
-def unknown_model(name: str, settings: OrchestratorSettings, view: ClusterView) -> str:
-    """What a client is told that asked for a name nobody knows."""
-    known = names_like(view.names, name, settings.hint_names_max)
+def unknown_model(
+    name: str,
+    settings: OrchestratorSettings,
+    view: ClusterView,
+    names: Mapping[str, ModelId] | None = None,
+) -> str:
+    """What a client is told that asked for a name nobody knows; `names` as for `on_demand_spec`."""
+    known = names_like(view.names if names is None else names, name, settings.hint_names_max)
     hint = f"registered: {', '.join(known)}" if known else "no model is registered"
     return f"the model {name[:200]!r} does not exist; {hint}"
 

@@ -7,6 +7,7 @@ import re
 import msgspec
 
 from serverlessllm.core.ids import Address
+from serverlessllm.core.units import MIB
 
 WORKERS_MAX = 256
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
@@ -21,7 +22,9 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Processes that serve `listen` together; 1: this one alone, 0: one a core. More than one is
     for front doors that a core is not enough for."""
     api_key_sha256: tuple[str, ...] = ()
-    """Hex SHA-256 of each accepted API key; empty: no key is asked for."""
+    """Hex SHA-256 of API keys that may do everything, beside those of `sllm key`."""
+    require_key: bool | None = None
+    """Whether every request needs an API key. auto: as soon as there is one."""
     allow_public_without_key: bool = False
     """Serve an address that other machines reach although there is no API key."""
     accept_commands: bool | None = None
@@ -29,6 +32,10 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     nobody but this machine reaches `listen`."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that a `Host` header may carry beside IP addresses and `localhost`."""
+    tls_certificate: str | None = None
+    """File with the certificate chain (PEM) to serve https with; read again on SIGHUP."""
+    tls_key: str | None = None
+    """File with the certificate's private key (PEM)."""
     on_demand_sources: tuple[str, ...] = ("hf",)
     """URL schemes from which an unregistered model may be ingested on its first request."""
 
@@ -81,6 +88,15 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     agent_probe_s_max: float = 1.0
     """How long it may take to answer then, before its requests are taken away."""
 
+    idempotency_ttl_s: float = 3600.0
+    """How long an answer to a request with an `Idempotency-Key` is kept to be given again."""
+    idempotency_keys_max: int = 4096
+    """Such answers that are kept at once, the newest."""
+    idempotency_bytes_max: int = 64 * MIB
+    """Their bytes together."""
+    idempotency_answer_bytes_max: int = 4 * MIB
+    """A longer answer is not kept."""
+
     models_list_max: int = 1000
     """Rows of one listing."""
     hint_names_max: int = 8
@@ -110,3 +126,7 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
                 "api_key_sha256: each is the SHA-256 of a key, 64 hex digits "
                 "(printf %s KEY | sha256sum)"
             )
+        if self.require_key is False and self.api_key_sha256:
+            raise ValueError("api_key_sha256 names keys, and require_key = false asks for none")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key: set both, or neither")

@@ -27,6 +27,9 @@ TTFT_SECONDS = Histogram(
 REQUEST_RETRIES = Counter(
     "sllm_request_retries_total", "Requests sent to another agent", ("reason",)
 )
+TOKENS = Counter(
+    "sllm_tokens_total", "Tokens of answers; kind: prompt or completion", ("model", "kind")
+)
 CLIENTS_GONE = Counter("sllm_clients_gone_total", "Clients that left before the end", ("route",))
 SCHEDULE_ERROR_SECONDS = Histogram(
     "sllm_schedule_error_seconds",

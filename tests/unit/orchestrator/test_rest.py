@@ -1,8 +1,6 @@
-"""The pure parts of the routes: guard, bodies, wait budget, times."""
+"""The pure parts of the routes: bodies, wait budget, times."""
 
 from __future__ import annotations
-
-import hashlib
 
 import pytest
 from hypothesis import given
@@ -11,11 +9,9 @@ from hypothesis import strategies as st
 from serverlessllm.core.agentapi import HopTiming, LoadEvent
 from serverlessllm.core.errors import (
     ClientError,
-    Forbidden,
     InvalidJSON,
     InvalidRequest,
     SLLMError,
-    Unauthorized,
 )
 from serverlessllm.core.ids import Address, AgentId, ModelId
 from serverlessllm.core.models import ModelSpec
@@ -28,78 +24,11 @@ from serverlessllm.orchestrator.rest.bodies import (
     read_limit,
     read_spec,
 )
-from serverlessllm.orchestrator.rest.guard import Guard, is_local
+from serverlessllm.orchestrator.rest.guard import is_local
 from serverlessllm.orchestrator.rest.loading import StillLoading, wait_budget_s
 from serverlessllm.orchestrator.rest.routes import render
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.timing import Timing, timing_lines
-
-LOOPBACK = Address("http://127.0.0.1:8000")
-
-
-class Request:
-    def __init__(self, path="/v1/models", **headers):
-        self.path = path
-        self.headers = headers
-
-
-def guard(listen=LOOPBACK, **settings):
-    return Guard(OrchestratorSettings(**settings), listen)
-
-
-@pytest.mark.parametrize(
-    "host",
-    [
-        "127.0.0.1:8000",
-        "127.0.0.1",
-        "localhost:8000",
-        "[::1]:8000",
-        "10.0.0.5:80",
-        None,
-        "my.host:1",
-    ],
-)
-def test_our_own_names_pass(host):
-    headers = {} if host is None else {"host": host}
-    checked = guard(allowed_hosts=("my.host",))
-    checked.check(Request(**headers))
-    checked.check(Request(**headers))
-
-
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "", "a" * 999])
-def test_foreign_names_of_a_loopback_server_do_not(host):
-    with pytest.raises(Forbidden):
-        guard().check(Request(host=host))
-
-
-@pytest.mark.parametrize("listen", ["http://0.0.0.0:80", "unix:/run/x.sock"])
-def test_a_server_for_others_is_known_by_any_name(listen):
-    guard(listen).check(Request(host="api.example.com"))
-
-
-@pytest.mark.parametrize("origin", ["null", "http://evil.example", "http://127.0.0.1:3000"])
-def test_a_page_of_another_origin_is_refused_everywhere(origin):
-    for listen in (LOOPBACK, "http://0.0.0.0:80"):
-        with pytest.raises(Forbidden):
-            guard(listen).check(Request(host="127.0.0.1:8000", origin=origin))
-
-
-def test_our_own_page_passes():
-    guard().check(Request(host="127.0.0.1:8000", origin="http://127.0.0.1:8000"))
-
-
-def test_keys():
-    keys = tuple(hashlib.sha256(key).hexdigest() for key in (b"one", b"two"))
-    checked = guard(api_key_sha256=keys)
-    for value in ("Bearer one", "bearer two", "Bearer  two "):
-        checked.check(Request(authorization=value))
-    for value in ("", "one", "Bearer", "Basic one", "Bearer three", "Bearer ", f"Bearer {keys[0]}"):
-        with pytest.raises(Unauthorized):
-            checked.check(Request(authorization=value))
-    with pytest.raises(Unauthorized):
-        checked.check(Request())
-    checked.check(Request("/livez"))
-    checked.check(Request("/readyz"))
 
 
 def test_loopback_is_known_in_every_spelling():

@@ -18,7 +18,7 @@ from serverlessllm.edge.upstream import Exchange, Upstreams
 _numbers = itertools.count(1)
 _PASSED_ON = (
     "authorization",
-    "idempotency-key",
+    "x-api-key",
     "x-sllm-progress",
     "x-sllm-wait",
 )

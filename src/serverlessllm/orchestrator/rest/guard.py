@@ -1,41 +1,137 @@
 """Who may ask: no page of another origin, no foreign name of this machine, no missing key.
 
 A browser sends `Origin` with whatever a page may change; a page that rebinds its own name to
-127.0.0.1 is told by its `Host`. Programs send no `Origin` and pass.
+127.0.0.1 is told by its `Host`. Programs send no `Origin` and pass. Keys are told apart by their
+SHA-256, compared in constant time.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import hmac
 import ipaddress
+import re
+import time
+from collections.abc import Callable, Mapping
 
-from serverlessllm.core.errors import Forbidden, Unauthorized
-from serverlessllm.core.ids import Address, is_loopback
+from serverlessllm.core.agentapi import INSIDE_HEADER
+from serverlessllm.core.apikeys import ApiKey, Scope, digest_of
+from serverlessllm.core.errors import Forbidden, MetadataUnavailable, Unauthorized
+from serverlessllm.core.ids import Address, ModelId, is_loopback
 from serverlessllm.edge.server import Request
+from serverlessllm.orchestrator.rest.quota import Quotas
 from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.view import ClusterView
 
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
-"""Answered without a key: those who watch a process have none."""
+ANY = "any"
+"""Of what every key may see: that there is no such route."""
 _KNOWN_HOSTS_MAX = 256
+_KNOWN_KEYS_MAX = 4096
+_KNOWN_KEY_CHARS_MAX = 256
+
+
+class InsufficientScope(Forbidden):
+    """The API key is good, but not for this route."""
+
+    code = "insufficient_scope"
+
+
+class ModelNotAllowed(Forbidden):
+    """The API key is good, but not for this model."""
+
+    code = "model_not_allowed"
+
+
+class Caller:
+    """Whoever has a key: what it opens, and what it has left of its limits."""
+
+    __slots__ = ("_names", "_patterns", "elsewhere", "expires_s", "id", "scopes", "usage")
+
+    def __init__(self, key: ApiKey | None, quotas: Quotas) -> None:
+        """`key` is None for one of the configuration's, which open everything."""
+        self.id = "" if key is None else key.id
+        self.scopes = frozenset(Scope if key is None else key.scopes)
+        if Scope.ADMIN in self.scopes:
+            self.scopes |= {Scope.METRICS}
+        self.expires_s = None if key is None else key.expires_s
+        self.usage = None if key is None else quotas.of(key)
+        models = () if key is None else key.models
+        self._names = frozenset(name for name in models if "*" not in name)
+        self._patterns = tuple(_pattern(name) for name in models if "*" in name)
+        self.elsewhere = self
+        """The same caller of a request that another process has admitted."""
+        if self.usage is not None:
+            self.elsewhere = copy.copy(self)
+            self.elsewhere.usage = None
+
+    @property
+    def restricted(self) -> bool:
+        """Whether there are models that it may not use."""
+        return bool(self._names or self._patterns)
+
+    def may_use(self, model: str, names: Mapping[str, ModelId]) -> bool:
+        """Whether the model of this canonical name is for it; `names` are all names there are."""
+        if not self.restricted or model in self._names:
+            return True
+        if any(pattern.fullmatch(model) for pattern in self._patterns):
+            return True
+        return any(names.get(name) == model for name in self._names)
+
+    def check_model(self, model: str, names: Mapping[str, ModelId]) -> None:
+        """Raise `ModelNotAllowed` unless it may use the model (as `may_use`)."""
+        if not self.may_use(model, names):
+            raise ModelNotAllowed(
+                f"this API key may not use the model {model[:200]!r}", param="model"
+            )
+
+    def usable(self, names: dict[str, ModelId]) -> dict[str, ModelId]:
+        """Of `names`, those of the models that it may use."""
+        if not self.restricted:
+            return names
+        return {name: model for name, model in names.items() if self.may_use(model, names)}
 
 
 class Guard:
-    """Checks each request before its route; `listen` is the address served on."""
+    """Checks each request before its route; `listen` is the address served on.
 
-    def __init__(self, settings: OrchestratorSettings, listen: Address) -> None:
-        self._keys = tuple(digest.lower().encode() for digest in settings.api_key_sha256)
+    `wall_s` is Unix time, by which a key expires; `token` the cluster's.
+    """
+
+    def __init__(
+        self,
+        settings: OrchestratorSettings,
+        listen: Address,
+        *,
+        view: ClusterView,
+        quotas: Quotas,
+        token: str,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._fixed = tuple(digest.lower() for digest in settings.api_key_sha256)
+        self._required = True if self._fixed else settings.require_key
+        """None: as soon as there is a key."""
         self._names = frozenset(name.lower() for name in settings.allowed_hosts)
         # Only a loopback address is protected by nothing but being hard to reach.
         self._check_host = listen.startswith("http://") and is_local(listen)
+        self._view = view
+        self._quotas = quotas
+        self._token = token.encode()
+        self._wall_s = wall_s
         self._good_hosts: set[str] = set()
+        self._callers: dict[str, Caller] = {}
+        """By the header that proved it, for as long as no key changes."""
+        self._callers_of = view.keys_version
 
-    def check(self, request: Request) -> None:
-        """Return if the request may go on.
+    def check(self, request: Request, scope: str | None) -> None:
+        """Return if the request may go on; its `caller` is then who asks, if keys are asked for.
+
+        `scope` is what its route takes (`ANY`: any key); None: no key.
 
         Raises:
-            Forbidden: a browser's cross-origin request, or a `Host` that is not ours.
-            Unauthorized: keys are set, and this request has none of them.
+            Forbidden: a browser's cross-origin request, a `Host` that is not ours, or a key that
+                opens other routes.
+            Unauthorized: a key is asked for, and this request has none that is good.
+            MetadataUnavailable: whether it is good is not known.
         """
         headers = request.headers
         host = headers.get("host")
@@ -44,8 +140,70 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2].lower() != (host or "").lower():
             raise Forbidden("requests from web pages of another origin are not served")
-        if self._keys and request.path not in OPEN_PATHS:
-            self._check_key(headers.get("authorization"))
+        if scope is None or not self._asks():
+            return
+        caller = self._caller(request)
+        if scope is not ANY and scope not in caller.scopes:
+            raise InsufficientScope(f"this API key lacks the scope {scope}")
+        request.caller = caller
+
+    def _asks(self) -> bool:
+        """Whether a key is asked for.
+
+        Raises:
+            MetadataUnavailable: nobody knows: the keys have never been read.
+        """
+        if self._required is not None:
+            return self._required
+        if self._view.keys_asked:
+            return True
+        if self._view.listed:
+            return False
+        raise _not_known()
+
+    def _caller(self, request: Request) -> Caller:
+        if self._callers_of != self._view.keys_version:
+            self._forget_callers()
+        headers = request.headers
+        given = headers.get("authorization")
+        if given is None:
+            given = f"bearer {headers.get('x-api-key') or ''}"
+        caller = self._callers.get(given)
+        if caller is None:
+            caller = self._prove(given)
+            if len(given) <= _KNOWN_KEY_CHARS_MAX:
+                if len(self._callers) >= _KNOWN_KEYS_MAX:
+                    self._callers.clear()
+                self._callers[given] = caller
+        if caller.expires_s is not None and self._wall_s() >= caller.expires_s:
+            raise Unauthorized(f"the API key {caller.id} has expired")
+        if caller.usage is not None:
+            inside = headers.get(INSIDE_HEADER)
+            if inside is not None and hmac.compare_digest(inside.encode(), self._token):
+                return caller.elsewhere
+        return caller
+
+    def _prove(self, given: str) -> Caller:
+        scheme, _, text = given.partition(" ")
+        if scheme.lower() != "bearer" or not text:
+            raise Unauthorized("no API key: send it as `Authorization: Bearer KEY`")
+        digest = digest_of(text.strip().encode("latin-1"))
+        # All of them, whichever it is.
+        if sum(hmac.compare_digest(digest, known) for known in self._fixed):
+            return Caller(None, self._quotas)
+        key = self._view.api_keys.get(digest)
+        if key is None or not hmac.compare_digest(digest, key.sha256):
+            if not self._view.listed:
+                raise _not_known()
+            raise Unauthorized("the API key is not one of this server's")
+        if key.revoked_s is not None:
+            raise Unauthorized(f"the API key {key.id} was revoked")
+        return Caller(key, self._quotas)
+
+    def _forget_callers(self) -> None:
+        self._callers.clear()
+        self._callers_of = self._view.keys_version
+        self._quotas.keep_only({key.id: key for key in self._view.api_keys.values()})
 
     def _learn_host(self, host: str) -> None:
         name = _host_name(host)
@@ -57,13 +215,19 @@ class Guard:
         if len(self._good_hosts) < _KNOWN_HOSTS_MAX:
             self._good_hosts.add(host)
 
-    def _check_key(self, authorization: str | None) -> None:
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
-            raise Unauthorized("no API key: send it as `Authorization: Bearer KEY`")
-        digest = hashlib.sha256(key.strip().encode()).hexdigest().encode()
-        if not any(hmac.compare_digest(digest, known) for known in self._keys):
-            raise Unauthorized("the API key is not one of this server's")
+
+def caller_of(request: Request) -> Caller | None:
+    """Who asks; None while no keys are asked for."""
+    caller = request.caller
+    return caller if isinstance(caller, Caller) else None
+
+
+def _not_known() -> MetadataUnavailable:
+    return MetadataUnavailable("the API keys cannot be read yet; try again", retry_after_s=1.0)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(".*".join(re.escape(part) for part in text.split("*")))
 
 
 def _host_name(host: str) -> str:

@@ -25,13 +25,15 @@ from serverlessllm.openai.sse import EVENT_STREAM_HEADERS, comment, error_event
 from serverlessllm.orchestrator.agents import refusal
 from serverlessllm.orchestrator.coldstart import Waiter, WaitingRoom
 from serverlessllm.orchestrator.loads import note_schedule_error, on_demand_spec
+from serverlessllm.orchestrator.rest.guard import caller_of
 from serverlessllm.orchestrator.rest.loading import StillLoading, wait_budget_s
+from serverlessllm.orchestrator.rest.quota import Admission, tokens_used
 from serverlessllm.orchestrator.router import Lease, Router
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.timing import Timing
 from serverlessllm.orchestrator.view import ClusterView, ready_agents
 from serverlessllm.orchestrator.waits import settled
-from serverlessllm.telemetry.table import REQUEST_RETRIES, TTFT_SECONDS
+from serverlessllm.telemetry.table import REQUEST_RETRIES, TOKENS, TTFT_SECONDS
 
 Parse = Callable[[bytes, RequestLimits], ParsedRequest]
 
@@ -46,8 +48,8 @@ class _Call:
     """One client request on its way."""
 
     __slots__ = (
-        "begun", "body", "error", "gone", "model", "parsed", "refused", "request", "retrying",
-        "status", "timing", "tries", "waits_until_s",
+        "admission", "begun", "body", "error", "gone", "model", "parsed", "refused", "request",
+        "retrying", "status", "timing", "tries", "waits_until_s",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +73,8 @@ class _Call:
         self.retrying = False
         self.waits_until_s = 0.0
         """The end of what it waits for a load; 0: it has not met one."""
+        self.admission: Admission | None = None
+        """Of its key, if that has limits."""
         self.begun: asyncio.Future[None] | None = None
         """While its client is told how far the model's bytes are: done when no more is to be
         told, for its answer begins."""
@@ -121,15 +125,23 @@ class Inference:
         check_content_type(request.headers.get("content-type"))
         body = await request.body()
         parsed = parse(body, self._limits)
-        model = self._view.names.get(parsed.model)
+        caller, names = caller_of(request), self._view.names
+        model = names.get(parsed.model)
+        if caller is not None:
+            caller.check_model(model or parsed.model, names)
+            names = caller.usable(names) if model is None else names
         if model is None:
-            model = on_demand_spec(parsed.model, self._settings, self._view).model
+            model = on_demand_spec(parsed.model, self._settings, self._view, names).model
         call = _Call(request, parsed, model, body)
+        if caller is not None and caller.usage is not None:
+            call.admission = caller.usage.admit(len(body), parsed.answer_tokens_max)
         try:
             while not await self._attempt(call):
                 await self._before_retry(call)
         finally:
             self._end_retry(call)
+            if call.admission is not None:
+                call.admission.close(answered=call.status == _OK or not request.connected)
         return call.status
 
     async def _attempt(self, call: _Call) -> bool:
@@ -216,10 +228,30 @@ class Inference:
             timing.first_byte_s = self._clock.now_s()
             call.begin()
 
-        relayed = await relay(request, response, error_event=_DIED_EVENT, on_first_byte=first_byte)
+        try:
+            relayed = await relay(
+                request, response, error_event=_DIED_EVENT, on_first_byte=first_byte
+            )
+        finally:
+            self._note_usage(call, response)
         if not relayed.ok:
             self._view.failed(lease.agent)
         self._note_times(call, lease)
+
+    def _note_usage(self, call: _Call, response: Response) -> None:
+        """The answer has ended, or broken off: count its tokens."""
+        link = response.link
+        used = tokens_used(link.head, link.trailers)
+        if used is None:
+            if call.admission is not None:
+                call.admission.broke_off(link.passed_bytes)
+            return
+        prompt, completion = used
+        TOKENS.inc(call.model, "prompt", by=prompt)
+        if completion:
+            TOKENS.inc(call.model, "completion", by=completion)
+        if call.admission is not None:
+            call.admission.settle(prompt + completion)
 
     def _note_times(self, call: _Call, lease: Lease) -> None:
         timing = call.timing

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from serverlessllm.core.apikeys import Scope
 from serverlessllm.edge.server import Request
 
 GET = ("GET", "HEAD")
@@ -18,6 +19,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     methods: tuple[str, ...]
     serve: Callable[[Request], Awaitable[None]]
+    scope: Scope | None = Scope.INFERENCE
+    """What a key must have; None: no key is asked for."""
 
 
 class RouteTable:

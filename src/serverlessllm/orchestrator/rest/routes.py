@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from urllib.parse import unquote
 
+from serverlessllm.core.apikeys import Scope
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import (
     BackendProtocolError,
@@ -25,7 +26,7 @@ from serverlessllm.openai.models import list_body, model_body, model_object
 from serverlessllm.openai.request import parse_chat, parse_completion, parse_embeddings
 from serverlessllm.openai.sse import error_event
 from serverlessllm.orchestrator.loads import unknown_model
-from serverlessllm.orchestrator.rest.guard import Guard
+from serverlessllm.orchestrator.rest.guard import ANY, Caller, Guard, caller_of
 from serverlessllm.orchestrator.rest.inference import Inference, Parse
 from serverlessllm.orchestrator.rest.loading import StillLoading, loading_body
 from serverlessllm.orchestrator.rest.route import GET, Route, RouteTable
@@ -85,12 +86,12 @@ class Routes:
         self._running = dict.fromkeys(_PARSERS, 0)
         self._table = RouteTable(
             (
-                Route(path="/livez", methods=GET, serve=_alive),
-                Route(path="/readyz", methods=GET, serve=self._readyz),
-                Route(path="/metrics", methods=GET, serve=self._metrics),
+                Route(path="/livez", methods=GET, serve=_alive, scope=None),
+                Route(path="/readyz", methods=GET, serve=self._readyz, scope=None),
+                Route(path="/metrics", methods=GET, serve=self._metrics, scope=Scope.METRICS),
                 Route(path="/v1/models", methods=GET, serve=self._list_models),
                 Route(path=_MODEL, methods=GET, serve=self._show_model),
-                Route(path="/api/", methods=_ANY, serve=self._manage),
+                Route(path="/api/", methods=_ANY, serve=self._manage, scope=Scope.ADMIN),
                 *routes,
             )
         )
@@ -100,13 +101,12 @@ class Routes:
         path = request.path
         parse = _PARSERS.get(path)
         if parse is None:
-            self._guard.check(request)
             await self._other(request)
             return
         status = _BUG
         self._running[path] += 1
         try:
-            self._guard.check(request)
+            self._guard.check(request, Scope.INFERENCE)
             if request.method != "POST":
                 raise MethodNotAllowed(f"{path} takes POST")
             status = await self._inference.answer(request, parse)
@@ -128,8 +128,12 @@ class Routes:
             self._note(request, status)
 
     def answer_headers(self, request: Request) -> bytes:
-        """The header lines of every answer: where its time went."""
-        return timing_lines(request.state, request.arrived_s, self._clock.now_s())
+        """The header lines of every answer: where its time went, what its key has left."""
+        lines = timing_lines(request.state, request.arrived_s, self._clock.now_s())
+        caller = request.caller
+        if isinstance(caller, Caller) and caller.usage is not None:
+            lines += caller.usage.lines()
+        return lines
 
     def running(self) -> dict[str, int]:
         """Requests being answered, by route."""
@@ -152,6 +156,7 @@ class Routes:
     async def _other(self, request: Request) -> None:
         """Everything that is not hot."""
         route = self._table.find(request.path)
+        self._guard.check(request, ANY if route is None else route.scope)
         if route is None:
             raise RouteNotFound(f"there is no {request.path[:200]}")
         if request.method not in route.methods:
@@ -159,15 +164,25 @@ class Routes:
         await route.serve(request)
 
     async def _list_models(self, request: Request) -> None:
-        models = sorted(self._view.models.items())[: self._settings.models_list_max]
-        objects = (model_object(model, record.created_s) for model, record in models)
+        caller, names = caller_of(request), self._view.names
+        models = sorted(
+            (model, record.created_s)
+            for model, record in self._view.models.items()
+            if caller is None or caller.may_use(model, names)
+        )
+        objects = (model_object(*model) for model in models[: self._settings.models_list_max])
         _json(request, list_body(objects))
 
     async def _show_model(self, request: Request) -> None:
         name = unquote(request.path.removeprefix(_MODEL))
-        model = self._view.names.get(name)
+        caller, names = caller_of(request), self._view.names
+        model = names.get(name)
+        if caller is not None:
+            caller.check_model(model or name, names)
+            names = caller.usable(names)
         if model is None:
-            raise ModelNotFound(unknown_model(name, self._settings, self._view), param="model")
+            message = unknown_model(name, self._settings, self._view, names)
+            raise ModelNotFound(message, param="model")
         created_s = self._view.models[model].created_s
         _json(request, model_body(model_object(model, created_s)))
 

@@ -1,0 +1,250 @@
+"""What a key may use in a minute: buckets that refill evenly, in this process's memory.
+
+A request takes one request and an estimate of its tokens when it is admitted; when its answer has
+ended, what it really used is known and the difference is given back, or taken: a bucket may be in
+debt, and then nobody is admitted until the debt is paid. Several processes that serve one front
+door have a bucket each, and tell each other what was spent (`Quotas.spent_since`, `note_others`):
+between two exchanges they may together admit more than the limit, and pay it back afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import TracebackType
+
+from serverlessllm.core.agentapi import USAGE_HEADER
+from serverlessllm.core.apikeys import ApiKey
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.errors import TooManyRequests
+from serverlessllm.core.ids import KeyId
+
+_MINUTE_S = 60.0
+_BODY_BYTES_PER_TOKEN = 4
+_EVENT_BYTES_PER_TOKEN = 256
+"""Of a stream that broke off: an event of one token is seldom shorter."""
+_USAGE = f"\r\n{USAGE_HEADER}: ".encode()
+_AT_ONCE_RETRY_S = 1.0
+
+Spent = tuple[int, int]
+"""Requests, tokens."""
+
+
+class RequestsLimited(TooManyRequests):
+    """The key's limit of requests is reached."""
+
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+
+class TokensLimited(TooManyRequests):
+    """The key's limit of tokens is reached."""
+
+    type = "tokens"
+    code = "rate_limit_exceeded"
+
+
+class Bucket:
+    """`per_minute` units at most, which come back evenly over a minute."""
+
+    __slots__ = ("_at_s", "_rate", "left", "per_minute")
+
+    def __init__(self, per_minute: int, now_s: float) -> None:
+        self.per_minute = per_minute
+        self.left = float(per_minute)
+        """As of the last look; negative: in debt."""
+        self._rate = per_minute / _MINUTE_S
+        self._at_s = now_s
+
+    def look(self, now_s: float) -> float:
+        """What is left now."""
+        left = self.left + (now_s - self._at_s) * self._rate
+        self._at_s = now_s
+        self.left = left if left < self.per_minute else float(self.per_minute)
+        return self.left
+
+    def wait_s(self, units: float) -> float:
+        """From the last look until `units` (at most all of them) are left."""
+        return max(0.0, (units - self.left) / self._rate)
+
+
+class Usage:
+    """What one limited key has left, and what it has running."""
+
+    __slots__ = ("_clock", "_lines", "_moved", "at_once_max", "id", "requests", "running", "spent",
+                 "tokens")  # fmt: skip
+
+    def __init__(self, key: ApiKey, clock: Clock, moved: dict[KeyId, Usage]) -> None:
+        now_s = clock.now_s()
+        rpm, tpm = key.requests_per_minute, key.tokens_per_minute
+        self.id = key.id
+        self.requests = None if rpm is None else Bucket(rpm, now_s)
+        self.tokens = None if tpm is None else Bucket(tpm, now_s)
+        self.at_once_max = math.inf if key.requests_at_once is None else key.requests_at_once
+        self.running = 0
+        self.spent: Spent = (0, 0)
+        """Since `Quotas.spent_since` was last asked."""
+        self._clock = clock
+        self._moved = moved
+        self._lines = b"".join(
+            f"x-ratelimit-limit-{name}: {bucket.per_minute}\r\nx-ratelimit-remaining-{name}: "
+            f"%d\r\nx-ratelimit-reset-{name}: %b\r\n".encode()
+            for name, bucket in (("requests", self.requests), ("tokens", self.tokens))
+            if bucket is not None
+        )
+
+    def admit(self, body_bytes: int, answer_tokens_max: int | None) -> Admission:
+        """Let a request in, to be closed when it has ended.
+
+        Raises:
+            RequestsLimited, TokensLimited: when to come back is in them.
+        """
+        if self.running >= self.at_once_max:
+            raise RequestsLimited(
+                f"this API key may have {self.at_once_max} requests running at once",
+                retry_after_s=_AT_ONCE_RETRY_S,
+            )
+        now_s = self._clock.now_s()
+        requests, tokens = self.requests, self.tokens
+        if requests is not None and requests.look(now_s) < 1:
+            raise RequestsLimited(
+                f"this API key may send {requests.per_minute} requests a minute",
+                retry_after_s=requests.wait_s(1),
+            )
+        reserved = 0
+        if tokens is not None:
+            wanted = body_bytes // _BODY_BYTES_PER_TOKEN + (answer_tokens_max or 0)
+            # What is more than a whole minute's must not be refused for ever.
+            reserved = min(wanted, tokens.per_minute)
+            if tokens.look(now_s) < reserved:
+                raise TokensLimited(
+                    f"this API key may use {tokens.per_minute} tokens a minute, and this request "
+                    f"asks for up to {wanted}",
+                    retry_after_s=tokens.wait_s(reserved),
+                )
+        self.running += 1
+        self.spend(1, reserved)
+        return Admission(self, reserved)
+
+    def spend(self, requests: int, tokens: int) -> None:
+        """Take from what is left (or give back, if negative), and remember it for the others."""
+        self.take(requests, tokens)
+        spent = self.spent
+        self.spent = (spent[0] + requests, spent[1] + tokens)
+        self._moved[self.id] = self
+
+    def take(self, requests: int, tokens: int) -> None:
+        """Take from what is left."""
+        if self.requests is not None:
+            self.requests.left -= requests
+        if self.tokens is not None:
+            self.tokens.left -= tokens
+
+    def lines(self) -> bytes:
+        """The header lines that tell a client what it has left."""
+        now_s = self._clock.now_s()
+        values: list[float | bytes] = []
+        for bucket in (self.requests, self.tokens):
+            if bucket is not None:
+                left = bucket.look(now_s)
+                values += (max(0, left), reset(bucket.wait_s(bucket.per_minute)))
+        return self._lines % tuple(values)
+
+
+class Admission:
+    """One request of a limited key while it runs; a context manager."""
+
+    __slots__ = ("_reserved", "_usage")
+
+    def __init__(self, usage: Usage, reserved: int) -> None:
+        self._usage: Usage | None = usage
+        self._reserved = reserved
+
+    def settle(self, tokens: int) -> None:
+        """What it used is known: `tokens` instead of the estimate."""
+        if self._usage is not None:
+            self._usage.spend(0, tokens - self._reserved)
+            self._reserved = tokens
+
+    def broke_off(self, passed_bytes: int) -> None:
+        """Its answer ended without saying what it used, after so many bytes of it."""
+        self.settle(self._reserved + passed_bytes // _EVENT_BYTES_PER_TOKEN)
+
+    def close(self, *, answered: bool) -> None:
+        """The request has ended; one that was not answered has used no tokens. Idempotent."""
+        usage = self._usage
+        if usage is not None:
+            if not answered:
+                self.settle(0)
+            usage.running -= 1
+            self._usage = None
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(answered=kind is None)
+
+
+class Quotas:
+    """The usage of every limited key that this process has met."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._usages: dict[KeyId, tuple[ApiKey, Usage]] = {}
+        self._moved: dict[KeyId, Usage] = {}
+        """Those that spent since they were last asked."""
+
+    def of(self, key: ApiKey) -> Usage | None:
+        """The key's usage, begun anew when its limits have changed; None: it has no limits."""
+        if not key.limited:
+            return None
+        known = self._usages.get(key.id)
+        if known is None or known[0] != key:
+            known = self._usages[key.id] = (key, Usage(key, self._clock, self._moved))
+        return known[1]
+
+    def keep_only(self, keys: Mapping[KeyId, object]) -> None:
+        """Forget the usage of keys that are gone."""
+        for key in self._usages.keys() - keys.keys():
+            del self._usages[key]
+
+    def spent_since(self) -> dict[KeyId, Spent]:
+        """What each key spent in this process since this was last asked."""
+        spent = {key: usage.spent for key, usage in self._moved.items()}
+        for usage in self._moved.values():
+            usage.spent = (0, 0)
+        self._moved.clear()
+        return spent
+
+    def note_others(self, spent: Mapping[KeyId, Spent]) -> None:
+        """What keys spent in other processes; of a key not met here it is not kept."""
+        for key, (requests, tokens) in spent.items():
+            known = self._usages.get(key)
+            if known is not None:
+                known[1].take(requests, tokens)
+
+
+def tokens_used(head: bytes, trailers: bytes) -> tuple[int, int] | None:
+    """Prompt and completion tokens, as an agent's answer says in its head or its trailers."""
+    where = b"\r\n" + trailers if trailers else head
+    at = where.find(_USAGE)
+    if at < 0:
+        return None
+    said = where[at + len(_USAGE) : where.find(b"\r\n", at + len(_USAGE))].split()
+    if len(said) != 2 or not (said[0].isdigit() and said[1].isdigit()):
+        return None
+    return int(said[0]), int(said[1])
+
+
+def reset(wait_s: float) -> bytes:
+    """A duration as the OpenAI API writes it: `850ms`, `7s`, `6m0s`."""
+    if wait_s < 1:
+        return b"%dms" % math.ceil(wait_s * 1000)
+    minutes, seconds = divmod(math.ceil(wait_s), 60)
+    return b"%dm%ds" % (minutes, seconds) if minutes else b"%ds" % seconds
