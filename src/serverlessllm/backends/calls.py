@@ -1,21 +1,16 @@
-"""Tool calls as text: how a chat tells a model of its tools, and how calls are found in its answer.
+"""Tool calls found in an answer's text as it comes.
 
-For engines that leave both to us: transformers, and llama.cpp where its own way does not hold.
+For engines that leave that to us: transformers, and llama.cpp where its own way does not hold.
 """
 
 from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from serverlessllm.core.errors import InvalidJSON, InvalidRequest
-
-CALLS_MAX = 16
-"""Calls of one answer that is made to call."""
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _NAME = r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")'
 _NAMED = re.compile(_NAME)
@@ -25,131 +20,6 @@ _CALL_KEYS = re.compile(r'\s*\{\s*"(?:name|type|arguments|parameters)"')
 _AROUND = " \t\r\n,;[]}"
 """What may stand between calls, and behind the last one's arguments."""
 _SPECIAL = re.compile(r'["{}\[\]\\]')
-
-PROLOGUE = r"""{%- set sllm = namespace(messages=[], told=not tools) -%}
-{%- for message in messages -%}
-{%- set text = message.content if message.content else '' -%}
-{%- set role = message.role -%}
-{%- if role == 'tool' -%}
-{%- set role = 'user' -%}
-{%- set text = '<tool_response>\n' ~ text ~ '\n</tool_response>' -%}
-{%- endif -%}
-{%- if not sllm.told -%}
-{%- set sllm.told = true -%}
-{%- set told = namespace(tools='') -%}
-{%- for tool in tools -%}
-{%- set told.tools = told.tools ~ '\n' ~ (tool | tojson) -%}
-{%- endfor -%}
-{%- set text = 'You may call these functions:\n<tools>' ~ told.tools ~ '\n</tools>\nTo call one,'
- ~ ' answer with its name and arguments as JSON within tags:\n<tool_call>\n{"name": <name>,'
- ~ ' "arguments": <arguments>}\n</tool_call>\n\n' ~ text -%}
-{%- endif -%}
-{%- if message.tool_calls -%}
-{%- set made = namespace(text=text) -%}
-{%- for call in message.tool_calls -%}
-{%- set given = call.function.arguments -%}
-{%- set made.text = made.text ~ ('\n' if made.text else '') ~ '<tool_call>\n{"name": '
- ~ (call.function.name | tojson) ~ ', "arguments": '
- ~ (given if given is string else (given | tojson)) ~ '}\n</tool_call>' -%}
-{%- endfor -%}
-{%- set text = made.text -%}
-{%- endif -%}
-{%- set sllm.messages = sllm.messages + [{'role': role, 'content': text}] -%}
-{%- endfor -%}
-{%- set messages = sllm.messages -%}
-"""
-"""Goes before a chat template that knows no tools (Jinja): writes tools, calls and their results
-into the messages' text, in the form that Hermes and Qwen are trained on."""
-
-
-def with_tools(template: str) -> str:
-    """A chat template that knows tools: the model's own if it does."""
-    return template if "tools" in template else PROLOGUE + template
-
-
-class Function(msgspec.Struct, frozen=True):
-    """What a tool is."""
-
-    name: str
-    parameters: dict[str, Any] | None = None
-    description: str | None = None
-    strict: bool | None = None
-
-
-class Tool(msgspec.Struct, frozen=True):
-    """One of a request's `tools`."""
-
-    function: Function
-    type: Literal["function"] = "function"
-
-
-class _Named(msgspec.Struct, frozen=True):
-    name: str
-
-
-class Choice(msgspec.Struct, frozen=True):
-    """A `tool_choice` that names a function."""
-
-    function: _Named
-    type: Literal["function"] = "function"
-
-
-ToolChoice = Literal["none", "auto", "required"] | Choice
-
-
-def forced_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> Sequence[Tool]:
-    """Those of which the answer has to call one; none of them: the model may choose.
-
-    Raises:
-        InvalidRequest: the choice names no tool, or there are none to call.
-    """
-    if choice is None or choice in {"none", "auto"}:
-        return ()
-    if not tools:
-        raise InvalidRequest("tool_choice: there are no tools", param="tool_choice")
-    if not isinstance(choice, Choice):
-        return tools
-    named = [tool for tool in tools if tool.function.name == choice.function.name]
-    if not named:
-        raise InvalidRequest("tool_choice: it names none of the tools", param="tool_choice")
-    return named[:1]
-
-
-def calls_schema(tools: Sequence[Tool], *, several: bool) -> dict[str, Any]:
-    """JSON schema of an answer that is one call of one of the tools, or a list of them."""
-    definitions: dict[str, object] = {}
-    kinds: list[dict[str, object]] = []
-    for number, tool in enumerate(tools):
-        key = f"tool{number}"
-        parameters = tool.function.parameters or {"type": "object"}
-        definitions[key] = _moved(parameters, f"#/$defs/{key}")
-        kinds.append(
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": tool.function.name},
-                    "arguments": {"$ref": f"#/$defs/{key}"},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    call: dict[str, object] = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
-    if several:
-        call = {"type": "array", "items": call, "minItems": 1, "maxItems": CALLS_MAX}
-    return call | {"$defs": definitions}
-
-
-def _moved(value: object, root: str) -> object:
-    """A schema that is part of another now: its references, which were from its own root."""
-    if isinstance(value, Mapping):
-        return {
-            key: root + item[1:]
-            if key == "$ref" and isinstance(item, str) and item.startswith("#")
-            else _moved(item, root)
-            for key, item in value.items()
-        }
-    return [_moved(item, root) for item in value] if isinstance(value, list) else value
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -368,29 +238,3 @@ def _overlap(mark: str, text: str) -> int:
         if text.endswith(mark[:length]):
             return length
     return 0
-
-
-def decode_tools(body: bytes) -> ToolFields:
-    """A chat's `tools` and what belongs to them.
-
-    Raises:
-        InvalidRequest: one is not a function.
-    """
-    try:
-        return msgspec.json.decode(body, type=ToolFields)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"tools: {error}", param="tools") from None
-    except msgspec.DecodeError as error:
-        raise InvalidJSON(f"the body is not JSON: {error}") from None
-
-
-class ToolFields(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a chat's body."""
-
-    tools: list[Tool] | None = None
-    tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-
-    @property
-    def names(self) -> list[str]:
-        return [tool.function.name for tool in self.tools or ()]
