@@ -12,6 +12,7 @@ import structlog
 from serverlessllm.core.errors import Draining, InvalidRequest, SLLMError, Unavailable
 from serverlessllm.edge.receiver import Receiver
 from serverlessllm.edge.request import Request, Source
+from serverlessllm.edge.steps import Run
 
 if TYPE_CHECKING:
     from serverlessllm.edge.server import EdgeServer
@@ -23,7 +24,7 @@ _PIPELINE_FACTOR = 8
 
 
 class Connection(asyncio.Protocol):
-    """Answers requests in the order they came, one task each."""
+    """Answers requests in the order they came, one handler each."""
 
     def __init__(self, server: EdgeServer) -> None:
         self.server = server
@@ -35,7 +36,8 @@ class Connection(asyncio.Protocol):
         # Answering.
         self._active: Request | None = None
         self._queue: deque[Request] = deque()
-        self._task: asyncio.Task[None] | None = None
+        self._run: Run | None = None
+        """Of the active request, once its handler has started."""
         self._lingering = False
         # Sending.
         self._full = False
@@ -57,9 +59,11 @@ class Connection(asyncio.Protocol):
         elif spare < 0:
             error = Unavailable("too many connections; try again", retry_after_s=1.0)
             self._receiver.refuse(error)
+            self._proceed()
 
     def data_received(self, data: bytes) -> None:
         self._receiver.feed(data)
+        self._proceed()
 
     def eof_received(self) -> None:
         # A FIN is the only sign of a departed client: nothing may be kept open for it. What is
@@ -89,10 +93,9 @@ class Connection(asyncio.Protocol):
     # Answering.
 
     def enqueue(self, request: Request) -> None:
-        """A request has come: its turn is now, or after those before it."""
+        """A request's head has come: its turn is now, or after those before it."""
         if self._active is None:
             self._active = request
-            self._task = self.server.loop.create_task(self._run(request))
             return
         self._queue.append(request)
         most = self._settings.pipeline_max
@@ -110,7 +113,18 @@ class Connection(asyncio.Protocol):
         last = self._queue[-1] if self._queue else self._active
         return last is not None and not last.keep_alive
 
-    async def _run(self, request: Request) -> None:
+    def _proceed(self) -> None:
+        """Start the handler whose turn it is. Not from inside the parser: it may answer at once."""
+        request = self._active
+        if request is not None and request.ready and self._run is None and not self.lost:
+            server = self.server
+            run = self._run = Run(self._handle(request), server.loop)
+            if server.stepped:
+                run.step()
+            else:
+                run.become_task()
+
+    async def _handle(self, request: Request) -> None:
         """The boundary of a request: whatever goes wrong in it ends here."""
         try:
             if request.refusal is not None:
@@ -121,7 +135,7 @@ class Connection(asyncio.Protocol):
         except SLLMError as error:
             self._fail(request, error)
         except asyncio.CancelledError:
-            self._fail(request, Draining("this server is shutting down", retry_after_s=1.0))
+            self._fail(request, _shutting_down())
             raise
         except Exception:  # noqa: BLE001 - the boundary of a request
             _log.exception("request failed", request_id=request.id, path=request.path)
@@ -137,7 +151,7 @@ class Connection(asyncio.Protocol):
             request.respond(*self.server.render_error(error))
 
     def _answered(self, request: Request) -> None:
-        self._active = self._task = None
+        self._active = self._run = None
         receiver = self._receiver
         if self.lost or self._transport.is_closing():
             return
@@ -146,7 +160,8 @@ class Connection(asyncio.Protocol):
         elif not request.keep_alive:
             self._transport.close()
         elif self._queue:
-            self.enqueue(self._queue.popleft())
+            self._active = self._queue.popleft()
+            self.server.loop.call_soon(self._proceed)  # not deeper into the stack
             if len(self._queue) < self._settings.pipeline_max:
                 self._resume_reading()
         elif self.server.stopping:
@@ -174,11 +189,15 @@ class Connection(asyncio.Protocol):
         self._receiver.deaf = True
         if self._source is not None:
             self._source.detach()
-        task = self._task
+        self._cancel()
+
+    def _cancel(self) -> asyncio.Task[None] | None:
+        """Cancel the handler; the task that ends it."""
+        run, self._run = self._run, None
+        task = None if run is None else run.cancel()
         if task is not None:
-            self._task = None
-            task.cancel()
             self.server.adopt(task)
+        return task
 
     # Sending (`request.Line`).
 
@@ -234,16 +253,15 @@ class Connection(asyncio.Protocol):
 
     def interrupt(self) -> None:
         """Cancel the handler while its client is still there, then close."""
-        task = self._task
-        if task is None:
-            self._transport.close()
-            return
-        self._task = None
+        if self._active is not None and self._run is None:
+            self._fail(self._active, _shutting_down())
         self._queue.clear()
         self._receiver.deaf = True
-        task.cancel()
-        self.server.adopt(task)
-        task.add_done_callback(lambda _: self._transport.close())
+        task = self._cancel()
+        if task is None:
+            self._transport.close()
+        else:
+            task.add_done_callback(lambda _: self._transport.close())
 
     def sweep(self, now_s: float) -> None:
         """Look at every deadline of this connection."""
@@ -256,6 +274,7 @@ class Connection(asyncio.Protocol):
                 self._transport.close()
         elif not self._lingering:
             self._receiver.sweep(now_s)
+            self._proceed()
 
     def _stalled(self, now_s: float) -> bool:
         """Whether the client has taken none of its waiting bytes for too long."""
@@ -267,3 +286,7 @@ class Connection(asyncio.Protocol):
             self._flushed_s = now_s
             return False
         return now_s - self._flushed_s >= self._settings.write_stall_timeout_s
+
+
+def _shutting_down() -> Draining:
+    return Draining("this server is shutting down", retry_after_s=1.0)

@@ -38,6 +38,13 @@ class UpstreamTimeout(UpstreamError):
     code = "deadline_exceeded"
 
 
+class UpstreamSilent(UpstreamTimeout):
+    """Somebody found out that the upstream is dead, although its connections stand."""
+
+    status = 502
+    code = "backend_died"
+
+
 class UpstreamBusy(UpstreamError):
     """Too many requests wait for a connection to this upstream."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Generator
 from enum import IntEnum
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 
@@ -17,6 +18,7 @@ from serverlessllm.edge.errors import (
     UpstreamProtocolError,
     UpstreamTimeout,
 )
+from serverlessllm.edge.steps import Run
 from serverlessllm.edge.wire import LAST_CHUNK
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ class Link(asyncio.Protocol):
         self.head_deadline_s: float | None = None
         self.idle_timeout_s: float | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._run: Run | None = None
+        """Who waits for the next change: a task by the future, or a handler without one."""
         self._whole = False
         self._begun = 0
         self._bodiless = False
@@ -170,10 +174,17 @@ class Link(asyncio.Protocol):
             return
         self._transport.write(request)
 
-    def wait(self) -> asyncio.Future[None]:
-        """Done at the next change: the head, kept bytes, the end, death."""
-        waiter = self._waiter = self._pool.loop.create_future()
-        return waiter
+    @types.coroutine
+    def wait(self) -> Generator[Any, None, None]:
+        """Return at the next change: the head, kept bytes, the end, death."""
+        run = Run.current
+        if run is None:
+            waiter = self._waiter = self._pool.loop.create_future()
+            yield from waiter
+        else:
+            self._run = run
+            run.waits = True
+            yield
 
     def finish(self) -> None:
         """The exchange is over: give the connection back, or close it when it is not clean."""
@@ -195,6 +206,13 @@ class Link(asyncio.Protocol):
             self.sink = _drop
             self._kept.clear()
             self._die(UpstreamClosed("the exchange was given up", before_head=self.state is HEAD))
+
+    def fail(self, error: UpstreamError) -> None:
+        """The upstream is known to be dead: whoever waits for its answer gets `error`."""
+        if self.state is IDLE:
+            self.abort()
+        elif self.state is HEAD or self.state is BODY:
+            self._die(error)
 
     def pause(self) -> None:
         """Stop reading until `resume`."""
@@ -324,6 +342,12 @@ class Link(asyncio.Protocol):
         self._wake()
 
     def _wake(self) -> None:
+        """Tell who waits. A handler without a task runs on at once: the last thing to do."""
+        run = self._run
+        if run is not None:
+            self._run = None
+            run.step()
+            return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

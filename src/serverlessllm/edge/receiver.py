@@ -13,7 +13,9 @@ from serverlessllm.core.errors import (
     RequestTooLarge,
     SLLMError,
 )
-from serverlessllm.edge.request import Request
+from serverlessllm.core.units import KIB
+from serverlessllm.edge.known import KnownHead, learn
+from serverlessllm.edge.request import Request, RequestHeaders
 
 if TYPE_CHECKING:
     from serverlessllm.edge.connection import Connection
@@ -23,6 +25,11 @@ _SCHEMES = (b"http", b"https")
 _TARGETS_MAX = 1024
 """Targets remembered as their parts: clients ask for few paths, again and again."""
 _targets: dict[bytes, tuple[str, str]] = {}
+_PECULIAR = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
+"""Fields that say more of a request's framing than its length does."""
+_SHORT_BYTES = 64 * KIB
+"""The handler starts when a body of this size is here; a longer one it awaits itself, so that it
+may be refused before it has come."""
 
 
 class _Refused(Exception):
@@ -72,19 +79,36 @@ class Receiver:
         self._framing_bytes = 0
         self._upgrading = False
         self._resuming = False
+        self._heads = 0
+        """That what is being parsed has completed."""
+        self._known: KnownHead | None = None
+        self._common: Request | None = None
+        """The latest request, if a head like its own may be known by its bytes."""
+        self._left_bytes = 0
+        """Of a body whose head was known: still to come."""
 
     def feed(self, data: bytes) -> None:
         """Bytes of the client."""
         if self.deaf:
             return
         if self.receiving is not None:
+            if self._left_bytes:
+                self._take_rest(data)
+                return
             self._framing_bytes += len(data)
         elif self.in_head:
             self._head_bytes += len(data)
         else:
+            if self._known is not None and self._take_known(self._known, data):
+                return
             self.in_head = True
             self._head_bytes = len(data)
             self.since_s = self._sweeper.now_s
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        fresh = self.in_head and self._head_bytes == len(data)
+        self._heads = 0
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -93,11 +117,59 @@ class Receiver:
         except httptools.HttpParserError as error:
             self._stop(error)
             return
+        request, self._common = self._common, None
+        if fresh and request is not None:
+            self._known = learn(data, request.method, request.path, request.query, request.headers)
         most = self._settings.header_bytes_max
         if self.in_head and self._head_bytes > most:
             self.refuse(HeadersTooLarge("the request's headers are too long"))
         elif self._framing_bytes > most and self.receiving is not None:
             self.refuse(InvalidRequest("the body's framing is longer than the body"))
+
+    def _take_known(self, known: KnownHead, data: bytes) -> bool:
+        """Take a request whose head is `known`; False: the parser must look."""
+        found = known.match(data)
+        if found is None:
+            return False
+        end, length = found
+        spare = len(data) - end - length
+        if spare > 0 or not 0 < length <= _SHORT_BYTES or length > self._settings.body_bytes_max:
+            return False
+        request = Request(
+            self._connection,
+            known.method,
+            known.path,
+            known.query,
+            known.headers,
+            self._now_s(),
+            True,
+        )
+        if spare == 0:
+            request.take_whole(data[end:])
+            self.since_s = self._sweeper.now_s
+        else:
+            self.receiving = request
+            self._left_bytes = -spare
+            self._body_bytes = self._framing_bytes = 0
+            self.since_s = self._sweeper.now_s
+            if end < len(data):
+                self._body_bytes = len(data) - end
+                request.take(data[end:])
+        self._connection.enqueue(request)
+        return True
+
+    def _take_rest(self, data: bytes) -> None:
+        """More of a body whose head was known."""
+        request = cast("Request", self.receiving)
+        body = data[: self._left_bytes]
+        request.take(body)
+        self._body_bytes += len(body)
+        self._left_bytes -= len(body)
+        if not self._left_bytes:
+            self.receiving = None
+            request.received()
+            if len(body) < len(data):
+                self.feed(data[len(body) :])
 
     def refuse(self, error: SLLMError) -> None:
         """Take no more of what the client sends; answer `error` when its turn comes."""
@@ -107,8 +179,10 @@ class Receiver:
             self.receiving.keep_alive = False
             self.receiving.broken(error)
             return
-        request = Request(self._connection, "", "", "", {}, self._now_s(), False)
+        nothing = RequestHeaders({})
+        request = Request(self._connection, "", "", "", nothing, self._now_s(), False)
         request.refusal = error
+        request.ready = True
         self._connection.enqueue(request)
 
     def sweep(self, now_s: float) -> None:
@@ -155,12 +229,13 @@ class Receiver:
             _METHODS.get(method) or method.decode(),
             path,
             query,
-            fields,
+            RequestHeaders(fields),
             self._now_s(),
             keep_alive,
         )
         if version != "1.1":
             request.framed = request.keep_alive = False
+        self._classify(request, fields)
         self.receiving = request
         self._body_bytes = self._framing_bytes = 0
         self.since_s = self._sweeper.now_s
@@ -168,6 +243,15 @@ class Receiver:
         self._connection.enqueue(request)
         if request.refusal is not None:
             raise _Refused(request.refusal)
+
+    def _classify(self, request: Request, fields: dict[bytes, bytes]) -> None:
+        """Whether the handler awaits the body itself, and whether the head is of the common kind:
+        of those that one read holds, the last one counts, and only if it is the only one."""
+        plain = _PECULIAR.isdisjoint(fields) and b"content-length" in fields
+        long = plain and int(fields[b"content-length"]) > _SHORT_BYTES
+        request.ready = long or b"transfer-encoding" in fields or b"expect" in fields
+        self._common = request if plain and request.keep_alive and self._heads == 0 else None
+        self._heads += 1
 
     def on_body(self, data: bytes) -> None:
         self._framing_bytes = 0

@@ -21,7 +21,7 @@ from serverlessllm.edge.wire import (
 )
 
 _safe_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-_id_prefix = f"req-{os.urandom(6).hex()}-"
+_id_prefix = f"req-{os.urandom(6).hex()}-".encode()
 """Of this process; a count makes an id unique inside it, and costs nothing."""
 _count = itertools.count(1)
 
@@ -29,21 +29,26 @@ _count = itertools.count(1)
 class RequestHeaders:
     """Header fields by lower-case name; of a repeated one the last."""
 
-    __slots__ = ("_fields",)
+    __slots__ = ("_asked", "fields")
 
     def __init__(self, fields: dict[bytes, bytes]) -> None:
-        self._fields = fields
+        self.fields = fields
+        """As they came."""
+        self._asked: dict[str, str | None] = {}
 
     def get(self, name: str) -> str | None:
         """The value of `name` (write it in lower case)."""
-        value = self._fields.get(name.encode())
-        return None if value is None else value.decode("latin-1")
+        try:
+            return self._asked[name]
+        except KeyError:
+            value = self.fields.get(name.encode())
+            text = self._asked[name] = None if value is None else value.decode("latin-1")
+            return text
 
     def items(self) -> list[tuple[str, str]]:
         """All of them, names in lower case."""
         return [
-            (name.decode("latin-1"), value.decode("latin-1"))
-            for name, value in self._fields.items()
+            (name.decode("latin-1"), value.decode("latin-1")) for name, value in self.fields.items()
         ]
 
 
@@ -69,8 +74,10 @@ class Source(Protocol):
 class Line(Protocol):
     """What a request needs of its connection."""
 
-    lost: bool
-    """Whether the client has gone."""
+    @property
+    def lost(self) -> bool:
+        """Whether the client has gone."""
+        ...
 
     def send(self, data: bytes) -> None:
         """Write, without waiting."""
@@ -113,6 +120,8 @@ class Request:
     """Why the handler never sees this request."""
     state: object = None
     caller: object = None
+    ready = False
+    """Whether the handler may start: the message is whole, or it awaits the rest itself."""
     framed = True
     """Whether the client understands chunks; HTTP/1.0 reads until the connection closes."""
     started = False
@@ -131,7 +140,7 @@ class Request:
         method: str,
         path: str,
         query: str,
-        fields: dict[bytes, bytes],
+        headers: RequestHeaders,
         arrived_s: float,
         keep_alive: bool,
     ) -> None:
@@ -141,16 +150,25 @@ class Request:
         """As sent (percent escapes kept), without the query."""
         self.query = query
         """Without `?`; empty when there is none."""
-        self.headers = RequestHeaders(fields)
+        self.headers = headers
         self.arrived_s = arrived_s
         """When the headers were complete, on the edge's clock."""
         self.keep_alive = keep_alive
         """Whether the connection outlives the answer."""
-        self.id = RequestId(f"{_id_prefix}{next(_count):x}")
-        if b"x-request-id" in fields and _safe_id.fullmatch(fields[b"x-request-id"]):
-            self.id = RequestId(fields[b"x-request-id"].decode())
+        given = headers.fields.get(b"x-request-id")
+        self.id_bytes = (
+            given
+            if given is not None and _safe_id.fullmatch(given)
+            else b"%b%x" % (_id_prefix, next(_count))
+        )
+        """`id`, as it is sent."""
 
     # What a handler uses.
+
+    @property
+    def id(self) -> RequestId:
+        """The client's own `x-request-id` if it is a safe one, else ours."""
+        return RequestId(self.id_bytes.decode())
 
     @property
     def connected(self) -> bool:
@@ -221,7 +239,7 @@ class Request:
             self.keep_alive = False
         end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
         own = line.own_headers(self)
-        line.send(b"".join((head, b"x-request-id: ", self.id.encode(), b"\r\n", own, end, body)))
+        line.send(b"".join((head, b"x-request-id: ", self.id_bytes, b"\r\n", own, end, body)))
 
     def take(self, data: bytes) -> None:
         """A piece of the body has come."""
@@ -232,15 +250,21 @@ class Request:
         else:
             self._body = data
 
+    def take_whole(self, body: bytes) -> None:
+        """The body, at once."""
+        self._body = body
+        self._whole = self.ready = True
+
     def received(self) -> None:
         """The body is whole."""
-        self._whole = True
+        self._whole = self.ready = True
         if self._waiter is not None:
             self._wake()
 
     def broken(self, error: SLLMError) -> None:
         """The body will not come."""
         self._broken = error
+        self.ready = True
         self._body = b""
         self._pieces = None
         self._wake()

@@ -1,4 +1,4 @@
-"""The listener: one coroutine a request, the client's leaving cancels it."""
+"""The listener: one coroutine a request, which the client's leaving cancels."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ class EdgeServer:
     exception is logged with the request's id and rendered as an internal error.
     `answer_headers` gives the header lines (`b"name: value\\r\\n"` each) that every answer
     carries beside `x-request-id`: errors, refusals and relayed answers included.
+    `stepped` handlers run without a task until they wait for more than an exchange with an
+    upstream (`edge.steps`); one that needs a task from the start says `await in_task()`.
 
     The process's main should call `gc.collect(); gc.freeze()` once everything is started: the
     collector then leaves the start-up's objects alone.
@@ -56,12 +58,15 @@ class EdgeServer:
         render_error: RenderError,
         clock: Clock,
         answer_headers: AnswerHeaders = _no_headers,
+        *,
+        stepped: bool = False,
     ) -> None:
         self.handler = handler
         self.settings = settings
         self.render_error = render_error
         self.clock = clock
         self.answer_headers = answer_headers
+        self.stepped = stepped
         self.loop: asyncio.AbstractEventLoop
         self.stopping = False
         """Whether each answer is the last of its connection."""

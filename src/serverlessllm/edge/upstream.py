@@ -14,6 +14,7 @@ from serverlessllm.edge.errors import (
     UpstreamClosed,
     UpstreamError,
     UpstreamProtocolError,
+    UpstreamSilent,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
@@ -21,6 +22,7 @@ from serverlessllm.edge.limits import Sweeper
 from serverlessllm.edge.link import HEAD, IDLE, Link
 from serverlessllm.edge.response import Response, ResponseHeaders
 from serverlessllm.edge.settings import UpstreamSettings
+from serverlessllm.edge.steps import in_task
 from serverlessllm.edge.wire import encode_headers, split_address
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "UpstreamClosed",
     "UpstreamError",
     "UpstreamProtocolError",
+    "UpstreamSilent",
     "UpstreamTimeout",
     "UpstreamUnreachable",
     "Upstreams",
@@ -38,6 +41,7 @@ __all__ = [
 
 _METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
 _STARTS_MAX = 256
+_SILENT = "the backend is silent"
 
 
 class Pool:
@@ -52,7 +56,7 @@ class Pool:
         self.links: set[Link] = set()
         self.opened = 0
         """Connections made so far: shows whether they are reused."""
-        self._connecting = 0
+        self._connecting: set[_Deadline] = set()
         self._waiters: deque[asyncio.Future[Link | None]] = deque()
         host = "localhost" if isinstance(self._where, str) else self._where[0]
         port = "" if isinstance(self._where, str) else f":{self._where[1]}"
@@ -81,7 +85,7 @@ class Pool:
             UpstreamUnreachable, UpstreamBusy, UpstreamTimeout.
         """
         settings = self.settings
-        if len(self.links) + self._connecting >= settings.connections_per_address_max:
+        if len(self.links) + len(self._connecting) >= settings.connections_per_address_max:
             if len(self._waiters) >= settings.waiters_per_address_max:
                 raise UpstreamBusy("the backend has too many requests waiting", retry_after_s=1.0)
             link = await self._turn()
@@ -91,9 +95,11 @@ class Pool:
 
     async def connect(self) -> Link:
         """A fresh connection, whatever the bound says (the caller has or frees a place)."""
-        self._connecting += 1
+        await in_task()
+        deadline = self._owner.deadline(self.settings.connect_timeout_s)
+        self._connecting.add(deadline)
         try:
-            async with self._owner.deadline(self.settings.connect_timeout_s):
+            async with deadline:
                 if isinstance(self._where, str):
                     _, link = await self.loop.create_unix_connection(self._link, self._where)
                 else:
@@ -101,7 +107,7 @@ class Pool:
         except OSError as error:  # TimeoutError is one, too
             raise UpstreamUnreachable("the backend cannot be reached") from error
         finally:
-            self._connecting -= 1
+            self._connecting.discard(deadline)
         self.opened += 1
         return link
 
@@ -135,6 +141,17 @@ class Pool:
             self.idle.remove(link)
         self._pass_on_place()
 
+    def cut(self) -> None:
+        """Whoever waits for this upstream, in whatever way, waits no longer."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_exception(UpstreamSilent(_SILENT))
+        for deadline in self._connecting:
+            deadline.pass_now(self.loop)
+        for link in list(self.links):
+            link.fail(UpstreamSilent(_SILENT))
+
     def close(self) -> None:
         """Cut every connection; who waits for one gets told."""
         for link in list(self.links):
@@ -163,7 +180,7 @@ class Pool:
         try:
             return await waiter
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 link = waiter.result()
                 if link is None:
                     self._pass_on_place()
@@ -295,6 +312,13 @@ class Upstreams:
         """`async with`: raises TimeoutError inside when this clock has moved on by `delay_s`."""
         return _Deadline(self._deadlines, self.clock.now_s() + delay_s)
 
+    def cut(self, address: Address) -> None:
+        """The upstream was found dead, though its connections stand: end them all. What was being
+        asked of it fails with `UpstreamSilent`."""
+        pool = self._pools.get(address)
+        if pool is not None:
+            pool.cut()
+
     def _open(self, address: Address) -> Pool:
         self.loop = asyncio.get_running_loop()
         self._sweeper.start()
@@ -320,6 +344,11 @@ class _Deadline:
         self._all = deadlines
         self._due_s = due_s
         self._timeout = asyncio.timeout(None)
+
+    def pass_now(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Do not wait for it."""
+        if self._timeout in self._all and self._timeout.when() is None:
+            self._timeout.reschedule(loop.time())
 
     async def __aenter__(self) -> None:
         await self._timeout.__aenter__()

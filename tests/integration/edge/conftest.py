@@ -197,8 +197,14 @@ def clock() -> VirtualClock:
     return VirtualClock()
 
 
+@pytest.fixture(params=[True, False], ids=["stepped", "tasks"])
+def stepped(request: pytest.FixtureRequest) -> bool:
+    """Whether handlers run without a task for as long as they can."""
+    return bool(request.param)
+
+
 @pytest.fixture
-async def make_edge(clock: VirtualClock) -> AsyncIterator[MakeEdge]:
+async def make_edge(clock: VirtualClock, stepped: bool) -> AsyncIterator[MakeEdge]:
     edges: list[Edge] = []
 
     async def make(handler: Callable[[Request], Awaitable[None]], **settings: object) -> Edge:
@@ -208,6 +214,7 @@ async def make_edge(clock: VirtualClock) -> AsyncIterator[MakeEdge]:
             render_error,
             clock,
             lambda request: b"server-timing: total;dur=1\r\n",
+            stepped=stepped,
         )
         edge = Edge(server, await server.start(Address("http://127.0.0.1:0")), clock)
         edges.append(edge)

@@ -1,0 +1,98 @@
+"""A handler without a task: whatever it waits for runs it on, until it needs the event loop.
+
+A task, its context and its wake-ups through the loop's queue cost a short request more than its
+policy does, and a turn of the loop (with its system call) each. A warm request waits only for one
+connection, whose bytes are an event already: that event runs the handler on directly. As soon as
+the handler waits for anything else it becomes an ordinary task, and nobody can tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections.abc import Coroutine, Generator
+from typing import Any, ClassVar
+
+
+class Run:
+    """One coroutine on its way. Nothing but cancellation may escape it."""
+
+    __slots__ = ("_coroutine", "_loop", "finished", "task", "waits")
+
+    current: ClassVar[Run | None] = None
+    """The one that is stepping now; None inside a task."""
+
+    def __init__(
+        self, coroutine: Coroutine[Any, None, None], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._coroutine = coroutine
+        self._loop = loop
+        self.task: asyncio.Task[None] | None = None
+        """What runs it from now on, if something must."""
+        self.waits = False
+        """Set by what it awaits: `step` will be called."""
+        self.finished = False
+
+    def step(self) -> None:
+        """Run on until it waits; without effect once a task runs it."""
+        if self.task is not None or self.finished:
+            return
+        outer = Run.current
+        Run.current = self
+        self.waits = False
+        try:
+            awaited = self._coroutine.send(None)
+        except StopIteration:
+            self.finished = True
+            return
+        finally:
+            Run.current = outer
+        if not self.waits and self.task is None:
+            self.become_task(awaited)
+
+    def cancel(self) -> asyncio.Task[None] | None:
+        """Cancel it as a task is cancelled, in the loop's next turn; the task that ends it."""
+        if self.finished:
+            return None
+        task = self.task or self.become_task()
+        task.cancel()
+        return task
+
+    def become_task(self, awaited: asyncio.Future[Any] | None = None) -> asyncio.Task[None]:
+        """Let a task run it from where it stands, which is waiting for `awaited`."""
+        rest = self._coroutine if awaited is None else _rest(self._coroutine, awaited)
+        self.task = self._loop.create_task(rest)
+        return self.task
+
+
+async def _rest(coroutine: Coroutine[Any, None, None], awaited: asyncio.Future[Any]) -> None:
+    """What is left of a coroutine that waits for `awaited`."""
+    await _Rest(coroutine, awaited)
+
+
+class _Rest:
+    """Passes on what a running coroutine waits for, and how that ended."""
+
+    def __init__(self, coroutine: Coroutine[Any, None, None], awaited: asyncio.Future[Any]) -> None:
+        self._coroutine = coroutine
+        self._awaited: Any = awaited
+
+    def __await__(self) -> Generator[Any, None, None]:
+        coroutine = self._coroutine
+        try:
+            while True:
+                try:
+                    yield self._awaited
+                except BaseException as error:  # noqa: BLE001 - all of them are the coroutine's
+                    self._awaited = coroutine.throw(error)
+                else:
+                    self._awaited = coroutine.send(None)
+        except StopIteration:
+            return
+
+
+@types.coroutine
+def in_task() -> Generator[None, None, None]:
+    """Go on in a task: `asyncio.timeout`, task groups and the like must have one."""
+    if Run.current is not None:
+        yield
