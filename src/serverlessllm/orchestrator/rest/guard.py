@@ -26,6 +26,7 @@ from serverlessllm.orchestrator.view import ClusterView
 ANY = "any"
 """Of what every key may see: that there is no such route."""
 _KNOWN_HOSTS_MAX = 256
+_ID_DIGITS = 12
 _KNOWN_KEYS_MAX = 4096
 _KNOWN_KEY_CHARS_MAX = 256
 
@@ -47,9 +48,9 @@ class Caller:
 
     __slots__ = ("_names", "_patterns", "elsewhere", "expires_s", "id", "scopes", "usage")
 
-    def __init__(self, key: ApiKey | None, quotas: Quotas) -> None:
+    def __init__(self, name: str, key: ApiKey | None, quotas: Quotas) -> None:
         """`key` is None for one of the configuration's, which open everything."""
-        self.id = "" if key is None else key.id
+        self.id = name
         self.scopes = frozenset(Scope if key is None else key.scopes)
         if Scope.ADMIN in self.scopes:
             self.scopes |= {Scope.METRICS}
@@ -190,7 +191,7 @@ class Guard:
         digest = digest_of(text.strip().encode("latin-1"))
         # All of them, whichever it is.
         if sum(hmac.compare_digest(digest, known) for known in self._fixed):
-            return Caller(None, self._quotas)
+            return Caller(f"key_of_settings_{digest[:_ID_DIGITS]}", None, self._quotas)
         key = self._view.api_keys.get(digest)
         if key is None or not hmac.compare_digest(digest, key.sha256):
             if not self._view.listed:
@@ -198,7 +199,7 @@ class Guard:
             raise Unauthorized("the API key is not one of this server's")
         if key.revoked_s is not None:
             raise Unauthorized(f"the API key {key.id} was revoked")
-        return Caller(key, self._quotas)
+        return Caller(key.id, key, self._quotas)
 
     def _forget_callers(self) -> None:
         self._callers.clear()

@@ -27,6 +27,7 @@ from serverlessllm.openai.request import parse_chat, parse_completion, parse_emb
 from serverlessllm.openai.sse import error_event
 from serverlessllm.orchestrator.loads import unknown_model
 from serverlessllm.orchestrator.rest.guard import ANY, Caller, Guard, caller_of
+from serverlessllm.orchestrator.rest.idempotency import IDEMPOTENCY_HEADER, Replays
 from serverlessllm.orchestrator.rest.inference import Inference, Parse
 from serverlessllm.orchestrator.rest.loading import StillLoading, loading_body
 from serverlessllm.orchestrator.rest.route import GET, Route, RouteTable
@@ -40,11 +41,13 @@ from serverlessllm.telemetry.table import CLIENTS_GONE, REQUEST_SECONDS, REQUEST
 _log = log("orchestrator")
 
 _OK = 200
+_NO_KEY = 401
 _GONE = 499
 _BUG = 500
 _DRAINING = Draining("this server is shutting down; send the request again")
 _JSON = (("content-type", "application/json"),)
 _PLAIN = "text/plain; charset=utf-8"
+_OPENAI = "/v1/"
 _MODEL = "/v1/models/"
 _ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _PARSERS: dict[str, Parse] = {
@@ -83,6 +86,7 @@ class Routes:
         self._not_ready = not_ready
         self._before_metrics = before_metrics
         self._clock = clock
+        self._replays = Replays(settings, clock)
         self._running = dict.fromkeys(_PARSERS, 0)
         self._table = RouteTable(
             (
@@ -109,7 +113,7 @@ class Routes:
             self._guard.check(request, Scope.INFERENCE)
             if request.method != "POST":
                 raise MethodNotAllowed(f"{path} takes POST")
-            status = await self._inference.answer(request, parse)
+            status = await self._answer(request, parse)
         except SLLMError as error:
             status = error.status
             if not request.started:
@@ -153,6 +157,14 @@ class Routes:
         REQUEST_SECONDS.observe(seconds, path, model)
         _log.debug("request", request=request.id, model=model, status=status, seconds=seconds)
 
+    async def _answer(self, request: Request, parse: Parse) -> int:
+        key = request.headers.get(IDEMPOTENCY_HEADER)
+        if key is None:
+            return await self._inference.answer(request, parse)
+        return await self._replays.answer(
+            request, key, lambda request: self._inference.answer(request, parse)
+        )
+
     async def _other(self, request: Request) -> None:
         """Everything that is not hot."""
         route = self._table.find(request.path)
@@ -161,7 +173,11 @@ class Routes:
             raise RouteNotFound(f"there is no {request.path[:200]}")
         if request.method not in route.methods:
             raise MethodNotAllowed(f"{request.path[:200]} takes {route.methods[0]}")
-        await route.serve(request)
+        key = request.headers.get(IDEMPOTENCY_HEADER)
+        if key is not None and request.method == "POST" and request.path.startswith(_OPENAI):
+            await self._replays.answer(request, key, route.serve)
+        else:
+            await route.serve(request)
 
     async def _list_models(self, request: Request) -> None:
         caller, names = caller_of(request), self._view.names
@@ -214,6 +230,8 @@ class Routes:
 def render(error: SLLMError) -> tuple[int, list[tuple[str, str]], bytes]:
     """Status, headers and body of an error; `loading` beside it when the model is on its way."""
     status, headers, body = render_error(error)
+    if error.status == _NO_KEY:
+        headers.append(("www-authenticate", "Bearer"))
     if isinstance(error, StillLoading):
         body = loading_body(error, body)
     return status, headers, body
