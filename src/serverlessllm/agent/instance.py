@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import msgspec
 
 from serverlessllm.agent.reconcile import Ask
 from serverlessllm.backends.base import Backend, LaunchPlan
+from serverlessllm.backends.dialect import Dialect, dialect_of
 from serverlessllm.core.agentapi import HopTiming, LoadEvent
 from serverlessllm.core.errors import SLLMError
 from serverlessllm.core.ids import Address, CheckpointId, InstanceId, ModelId
@@ -133,6 +135,11 @@ class Instance:
         """Where a ready instance is reached."""
         assert self.plan is not None
         return self.plan.address
+
+    @functools.cached_property
+    def dialect(self) -> Dialect:
+        """How a ready instance is spoken to."""
+        return dialect_of(self.backend, self.spec)
 
     @property
     def pending(self) -> bool:

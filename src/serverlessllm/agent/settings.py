@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from serverlessllm.core.ids import Address
+from serverlessllm.core.units import MIB
 
 
 class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +47,8 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     event_silence_s_max: float = 1.0
     """Most time between two lines of a `/load` answer."""
 
+    answer_bytes_max: int = 64 * MIB
+    """Of an answer that is not streamed; embeddings are the long ones. More is a protocol error."""
     death_notice_s: float = 0.1
     """How soon after its connection a dead backend's end is noticed; a backend that lives on has
     only hung up."""

@@ -59,7 +59,7 @@ async def test_a_load_of_what_is_ready_is_answered_at_once(machine: Machine) -> 
         assert (again.state, again.instance, again.hops) == ("ready", first.instance, ())
 
 
-async def test_a_stream_passes_untouched(machine: Machine) -> None:
+async def test_a_stream_passes_whole(machine: Machine) -> None:
     async with machine.agent() as agent:
         await agent.load(fake_spec(tokens=5))
         *events, done = await agent.stream(MODEL, stream_options={"include_usage": True})

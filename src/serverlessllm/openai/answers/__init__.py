@@ -8,6 +8,7 @@ list of what is kept: `reasoning_content`, and vLLM's `stop_reason`, `token_ids`
 """
 
 from serverlessllm.openai.answers.asked import KINDS, Asked, Kind, engine_body, read_asked
+from serverlessllm.openai.answers.failures import not_streamed
 from serverlessllm.openai.answers.identity import Stamp
 from serverlessllm.openai.answers.stream import StreamedAnswer
 from serverlessllm.openai.answers.usage import Usage
@@ -23,5 +24,6 @@ __all__ = [
     "Usage",
     "complete",
     "engine_body",
+    "not_streamed",
     "read_asked",
 ]

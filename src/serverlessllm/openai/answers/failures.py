@@ -23,6 +23,17 @@ def failure(data: bytes) -> SLLMError:
     return translate_backend_error(_status(said.get("error", said)), data)
 
 
+def not_streamed(body: bytes) -> SLLMError:
+    """What a 2xx answer means that is whole where a stream was asked for: some engines tell an
+    error like that."""
+    try:
+        said = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        said = None
+    is_error = isinstance(said, dict) and "choices" not in said
+    return failure(body) if is_error else nonsense("it is not a stream of events")
+
+
 def nonsense(why: str) -> BackendProtocolError:
     """The answer cannot be read."""
     return BackendProtocolError(f"the answer of the model's backend cannot be read: {why}")
