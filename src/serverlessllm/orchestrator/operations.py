@@ -1,4 +1,4 @@
-"""What an operator can have done to models: create, pull, load, unload, delete."""
+"""What an operator can have done: models created, pulled, loaded, unloaded, deleted; keys made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import suppress
 import msgspec
 
 from serverlessllm.core.agentapi import LoadEvent, LoadRequest, UnloadRequest
+from serverlessllm.core.apikeys import ApiKey, NewApiKey
 from serverlessllm.core.cluster import CacheLevel, JobRecord, JobStage
 from serverlessllm.core.errors import Conflict, ModelNotFound, SLLMError
 from serverlessllm.core.failures import record_of
@@ -216,6 +217,28 @@ class Operations:
         if refusal is not None:
             raise refusal
         return freed
+
+    async def create_key(self, wanted: NewApiKey) -> tuple[ApiKey, str]:
+        """A new API key, in force here at once, and its text.
+
+        Raises:
+            InvalidRequest, Conflict: it cannot be.
+            MetadataUnavailable: it was not made.
+        """
+        key, text = await self._registry.create_api_key(wanted)
+        self._view.put_api_key(key)
+        return key, text
+
+    async def revoke_key(self, name: str) -> ApiKey:
+        """End an API key, named by its id or name; here at once.
+
+        Raises:
+            RouteNotFound, Conflict: which key is meant?
+            MetadataUnavailable: nothing was changed.
+        """
+        key = await self._registry.revoke_api_key(name)
+        self._view.put_api_key(key)
+        return key
 
     def _shared(self, prefix: str) -> bool:
         """Whether another model has the same checkpoint."""

@@ -12,6 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from serverlessllm import __version__
+from serverlessllm.core.apikeys import NewApiKey
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import CacheLevel
 from serverlessllm.core.errors import (
@@ -85,6 +86,9 @@ class Management:
                 Route("/api/agents/{agent}", self._show_agent),
                 Route("/api/jobs", self._list_jobs),
                 Route("/api/jobs/{model:path}", self._show_job),
+                Route("/api/keys", self._list_keys, methods=["GET"]),
+                Route("/api/keys", self._create_key, methods=["POST"]),
+                Route("/api/keys/{name}", self._revoke_key, methods=["DELETE"]),
             ],
             exception_handlers={
                 SLLMError: _on_error,
@@ -168,6 +172,19 @@ class Management:
         if job is None:
             raise ModelNotFound(f"{model} has no ingest job; GET /api/jobs lists them")
         return _json(job)
+
+    async def _list_keys(self, _: Request) -> Response:
+        keys = sorted(self._view.api_keys.values(), key=lambda key: (key.created_s, key.id))
+        shown = keys[-self._settings.models_list_max :]
+        return _json(wire.KeyList(keys=tuple(map(wire.key_view, shown))))
+
+    async def _create_key(self, request: Request) -> Response:
+        wanted = read_body(await request.body(), NewApiKey)
+        return _json(wire.created_key(*await self._operations.create_key(wanted)), status=201)
+
+    async def _revoke_key(self, request: Request) -> Response:
+        key = await self._operations.revoke_key(request.path_params["name"])
+        return _json(wire.key_view(key))
 
     def _named(self, request: Request) -> ModelId:
         """The model that the path names, by its name or an alias."""

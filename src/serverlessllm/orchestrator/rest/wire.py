@@ -13,6 +13,9 @@
 | `GET /api/explain/{model}` | | `Explained` |
 | `GET /api/agents`, `GET /api/agents/{agent}` | | `AgentList`, `AgentView` |
 | `GET /api/jobs`, `GET /api/jobs/{model}` | | `JobList`, `JobRecord` |
+| `GET /api/keys` | | `KeyList` |
+| `POST /api/keys` | `NewApiKey` | 201 `CreatedKey` |
+| `DELETE /api/keys/{id or name}` | | `KeyView` |
 
 A stream that fails after its first line ends with a line whose `error` is set.
 """
@@ -22,8 +25,9 @@ from __future__ import annotations
 import msgspec
 
 from serverlessllm.core.agentapi import HopTiming
+from serverlessllm.core.apikeys import ApiKey, Scope
 from serverlessllm.core.cluster import AgentRecord, CacheLevel, JobRecord, ModelOnAgent
-from serverlessllm.core.ids import AgentId, ModelId
+from serverlessllm.core.ids import AgentId, KeyId, ModelId
 from serverlessllm.core.models import CheckpointRef, ModelSpec
 
 
@@ -139,3 +143,39 @@ class AgentList(msgspec.Struct, frozen=True, kw_only=True):
 
 class JobList(msgspec.Struct, frozen=True, kw_only=True):
     jobs: tuple[JobRecord, ...]
+
+
+class KeyView(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be seen of an API key; times are Unix times, None: never, or no limit."""
+
+    id: KeyId
+    name: str
+    scopes: tuple[Scope, ...]
+    models: tuple[str, ...]
+    """Names, or patterns with `*`; empty: all."""
+    created_s: int
+    expires_s: int | None
+    revoked_s: int | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    requests_at_once: int | None
+
+
+class CreatedKey(KeyView, frozen=True, kw_only=True):
+    """A new API key; the only time that its text is seen."""
+
+    key: str
+
+
+class KeyList(msgspec.Struct, frozen=True, kw_only=True):
+    keys: tuple[KeyView, ...]
+
+
+def key_view(key: ApiKey) -> KeyView:
+    """What may be seen of `key`."""
+    return msgspec.convert(key, KeyView, from_attributes=True)
+
+
+def created_key(key: ApiKey, text: str) -> CreatedKey:
+    """A key that was made just now, with its text."""
+    return CreatedKey(**msgspec.structs.asdict(key_view(key)), key=text)
