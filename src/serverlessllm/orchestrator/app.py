@@ -20,7 +20,7 @@ from serverlessllm.orchestrator.loads import Loads
 from serverlessllm.orchestrator.operations import Operations
 from serverlessllm.orchestrator.replicas import keep_replicas
 from serverlessllm.orchestrator.rest.front import Front
-from serverlessllm.orchestrator.rest.guard import Guard, is_local
+from serverlessllm.orchestrator.rest.guard import Guard, is_local, must_ask, no_key
 from serverlessllm.orchestrator.rest.inference import Inference
 from serverlessllm.orchestrator.rest.internal import InternalServer
 from serverlessllm.orchestrator.rest.management import Management
@@ -158,7 +158,12 @@ class Orchestrator:
             clock=self._clock,
         )
         self._edge = EdgeServer(
-            routes.handle, self._edge_settings, render, self._clock, routes.answer_headers
+            routes.handle,
+            self._edge_settings,
+            render,
+            self._clock,
+            routes.answer_headers,
+            stepped=True,
         )
         await self._edge.start(self._front.address)
         return await self._edge.start(listen)
@@ -191,15 +196,13 @@ class Orchestrator:
         await keep_replicas(self.view, self._router, self._room, self._settings, self._clock)
 
     def _check_public(self, listen: Address) -> None:
-        settings = self._settings
-        asks = settings.require_key or settings.api_key_sha256 or self.view.keys_asked
-        if settings.require_key is False:
-            asks = False
-        if not (is_local(listen) or asks or settings.allow_public_without_key):
-            raise ValueError(
-                f"listen address {listen}: other machines reach it, and no API key is asked for; "
-                "make one (`sllm key create`), or allow it by orchestrator.allow_public_without_key"
-            )
+        settings, view = self._settings, self.view
+        refused = settings.require_key is False and not settings.allow_public_without_key
+        if is_local(listen) or not (refused or must_ask(settings, listen)):
+            return
+        # While nobody knows of keys the guard lets nobody in.
+        if refused or (view.listed and not (view.keys_asked or settings.api_key_sha256)):
+            raise ValueError(no_key(listen))
 
     def _not_ready(self) -> str:
         """Why no request should be sent here; empty when it may."""

@@ -7,10 +7,8 @@ they come and go. No lock, no I/O, no await.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Mapping
 from types import TracebackType
-from typing import Any
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.ids import Address, AgentId, ModelId
@@ -76,7 +74,7 @@ class _Table:
 class Lease:
     """One request on one agent, from the choice until `with` ends."""
 
-    __slots__ = ("_lane", "_task", "address", "agent", "idle", "lost", "predicted_s", "scale_out")
+    __slots__ = ("_lane", "address", "agent", "idle", "predicted_s", "scale_out")
 
     def __init__(
         self,
@@ -88,7 +86,6 @@ class Lease:
         scale_out: bool = False,
     ) -> None:
         self._lane = lane
-        self._task: asyncio.Task[Any] | None = None
         self.agent: AgentId = seen.agent
         self.address: Address = seen.address
         self.predicted_s = predicted_s
@@ -97,18 +94,9 @@ class Lease:
         """Nobody is ahead of this request there."""
         self.scale_out = scale_out
         """A load on another agent would have cost less than this one's queue."""
-        self.lost = False
-        """The agent was found dead meanwhile, and this request's task was cancelled for it."""
-
-    def lose(self) -> None:
-        """The agent is dead: the request's task must not wait for it any longer."""
-        if self._task is not None and not self.lost:
-            self.lost = True
-            self._task.cancel()
 
     def __enter__(self) -> Lease:
         self._lane.leases.add(self)
-        self._task = asyncio.current_task()
         return self
 
     def __exit__(
@@ -118,7 +106,6 @@ class Lease:
         trace: TracebackType | None,
     ) -> None:
         self._lane.leases.discard(self)
-        self._task = None
 
 
 class Router:
@@ -207,13 +194,6 @@ class Router:
         """What an answer took to its first byte on an idle, ready instance."""
         known = self._first_token_s.get(model)
         self._first_token_s[model] = learn(known, seconds, self._settings.learning_gain)
-
-    def lose(self, agent: AgentId) -> None:
-        """Tell every request of ours on `agent` that it is dead."""
-        for (owner, _), lane in self._lanes.items():
-            if owner == agent:
-                for lease in tuple(lane.leases):
-                    lease.lose()
 
     def agents_held(self) -> dict[AgentId, Address]:
         """The agents that have requests of ours, and where those were sent."""

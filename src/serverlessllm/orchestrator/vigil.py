@@ -65,9 +65,9 @@ class Vigil:
                 return
         except SLLMError:
             if self._view.agents.get(agent) is seen:  # no heartbeat has come meanwhile
-                self._lose(agent)
+                self._lose(agent, address)
 
-    def _lose(self, agent: AgentId) -> None:
+    def _lose(self, agent: AgentId, address: Address) -> None:
         _log.warning("agent is silent, its requests go elsewhere", agent=agent)
         self._view.failed(agent)
-        self._router.lose(agent)
+        self._upstreams.cut(address)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,27 +165,6 @@ def test_explain_is_the_decision_of_now(view, router, clock, make):
     decision = router.explain(view.models["m"])
     assert decision.winner == "a"
     assert [row.agent for row in decision.rows] == ["a", "b"]
-
-
-async def test_a_lost_agent_cancels_those_who_wait_for_it(view, router, clock, make, settle):
-    view.put_model(make.model("m"))
-    put(view, clock, make.agent("a", make.on("m")), make.agent("b", make.on("m")))
-
-    async def hold(avoid):
-        with router.lease("m", avoid) as lease:
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                return lease.lost
-        return None
-
-    on_a, on_b = asyncio.create_task(hold({"b"})), asyncio.create_task(hold({"a"}))
-    await settle()
-    router.lose("a")
-    assert await on_a is True
-    assert not on_b.done()
-    on_b.cancel()
-    assert await on_b is False
 
 
 def test_what_is_learned_of_the_first_token_is_predicted(view, router, clock, make):

@@ -18,7 +18,13 @@ from serverlessllm.core.errors import BackendDied, ModelNotReady, NoCapacity, SL
 from serverlessllm.core.ids import AgentId, ModelId
 from serverlessllm.edge.relay import relay
 from serverlessllm.edge.server import Request
-from serverlessllm.edge.upstream import Response, UpstreamBusy, UpstreamError, Upstreams
+from serverlessllm.edge.upstream import (
+    Response,
+    UpstreamBusy,
+    UpstreamError,
+    Upstreams,
+    UpstreamUnreachable,
+)
 from serverlessllm.openai.request import ParsedRequest, check_content_type
 from serverlessllm.openai.settings import RequestLimits
 from serverlessllm.openai.sse import EVENT_STREAM_HEADERS, comment, error_event
@@ -156,14 +162,9 @@ class Inference:
             if lease.scale_out:
                 self._room.hold(call.model, elsewhere=True)
         with lease:
-            try:
-                if waiter is not None and waiter.incomplete:
-                    return await self._forward_early(call, lease, waiter)
-                return await self._forward(call, lease)
-            except asyncio.CancelledError:
-                if not lease.lost or _still_cancelled():
-                    raise
-                return self._lost(call, lease, BackendDied(_DIED))
+            if waiter is not None and waiter.incomplete:
+                return await self._forward_early(call, lease, waiter)
+            return await self._forward(call, lease)
 
     async def _forward_early(self, call: _Call, lease: Lease, waiter: Waiter) -> bool:
         """As `_forward`, to an instance that waits for bytes: until its answer begins, the client
@@ -284,7 +285,8 @@ class Inference:
         call.tries += 1
         if call.tries > self._settings.retries_max or error.permanent:
             raise error
-        if not call.retrying:
+        # What reached nobody is no load when it is sent elsewhere: it takes no place in the budget.
+        if not (call.retrying or isinstance(error, UpstreamUnreachable)):
             share = self._settings.retry_share * self._router.in_flight
             if self._retrying >= max(self._settings.retry_min, share):
                 raise error
@@ -361,9 +363,3 @@ class Inference:
             call.request.id.encode(),
             keep_alive.encode(),
         )
-
-
-def _still_cancelled() -> bool:
-    """Take back the cancellation that `Lease.lose` asked for; whether there was another one."""
-    task = asyncio.current_task()
-    return task is not None and task.uncancel() > 0

@@ -20,6 +20,7 @@ from serverlessllm.core.errors import (
 from serverlessllm.core.ids import Address
 from serverlessllm.edge.relay import relay
 from serverlessllm.edge.server import Request
+from serverlessllm.edge.steps import in_task
 from serverlessllm.edge.upstream import UpstreamError, Upstreams
 from serverlessllm.openai.errors import render_error
 from serverlessllm.openai.models import list_body, model_body, model_object
@@ -149,8 +150,6 @@ class Routes:
         model = timing.model if isinstance(timing, Timing) else ""
         seconds = self._clock.now_s() - request.arrived_s
         self._running[path] -= 1
-        if isinstance(timing, Timing) and timing.elsewhere:
-            return
         if status == _GONE:
             CLIENTS_GONE.inc(path)
         REQUESTS.inc(path, model, str(status))
@@ -167,6 +166,7 @@ class Routes:
 
     async def _other(self, request: Request) -> None:
         """Everything that is not hot."""
+        await in_task()
         route = self._table.find(request.path)
         self._guard.check(request, ANY if route is None else route.scope)
         if route is None:
