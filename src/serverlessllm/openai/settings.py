@@ -34,7 +34,7 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Of one JSON Schema: of an answer (`response_format`) or of a tool's parameters."""
     logit_bias_max: int = 4096
     """Tokens in `logit_bias`."""
-    token_ids_max: int = 262_144
+    token_ids_max: int = 300_000
     """Token ids of one request, all of its prompts together."""
     dimensions_max: int = 65_536
     """Length of an embedding (`dimensions`)."""

@@ -49,7 +49,7 @@ async def test_a_stream_begins_at_once_and_tells_how_far_the_load_is(cluster):
     c = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
     await c.register("m")
     c.agents[0].load_gate.clear()
-    client = await c.open({"model": "m", "stream": True, "messages": [{"role": "user"}]})
+    client = await c.open({"model": "m", "stream": True, "messages": [{"role": "user", "content": "hi"}]})
     head = await client.read_until(b"\r\n\r\n", within_s=1.0)
     assert head.startswith(b"HTTP/1.1 200")
     assert b"text/event-stream" in head
@@ -161,7 +161,7 @@ async def test_a_load_that_fails_after_comments_ends_in_an_error_event(cluster):
     await c.register("m")
     agent = c.agents[0]
     agent.load_gate.clear()
-    client = await c.open({"model": "m", "stream": True, "messages": [{"role": "user"}]})
+    client = await c.open({"model": "m", "stream": True, "messages": [{"role": "user", "content": "hi"}]})
     head = await client.read_until(b"\r\n\r\n")
     await client.read_until(b"\n: ")
     agent.load_error = LoadFailed("the engine said no")

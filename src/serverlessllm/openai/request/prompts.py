@@ -74,15 +74,20 @@ def check_texts(param: str, value: Raw, limits: RequestLimits, *, empty: bool = 
     if first == b'"':
         count = len(_decoded(param, _texts if empty else _full_texts, value))
     else:
-        # A number takes four times as long to read as a comma does to count.
-        if bytes(value).count(b",") > limits.token_ids_max:
-            raise ArrayTooLong(f"{param}: at most {limits.token_ids_max} token ids", param=param)
+        _check_counts(param, bytes(value), limits)
         if first != b"[":
             _decoded(param, _ids, value)
             return 1
         count = len(_decoded(param, _arrays_of_ids, value))
     items_at_most(param, count, limits.inputs_max, "items")
     return count
+
+
+def _check_counts(param: str, value: bytes, limits: RequestLimits) -> None:
+    """Refuse too many before any is read: a comma is counted in a tenth of the time."""
+    if value.count(b",") >= limits.token_ids_max:
+        raise ArrayTooLong(f"{param}: at most {limits.token_ids_max} token ids", param=param)
+    items_at_most(param, value.count(b"[") - 1, limits.inputs_max, "items")
 
 
 def _decoded(param: str, decoder: msgspec.json.Decoder[list[Any]], value: Raw) -> list[Any]:
