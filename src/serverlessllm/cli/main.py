@@ -17,6 +17,7 @@ from serverlessllm.cli import (
     doctor,
     explain,
     inspect,
+    key,
     load,
     ls,
     orchestrator,
@@ -83,6 +84,7 @@ app.command("explain")(explain.explain)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 app.add_typer(config_check.app, name="config")
+app.add_typer(key.app, name="key")
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ def parse_listen(text: str, *, allow_remote: bool = False) -> Address:
     """
     if text.startswith("unix:/"):
         return Address(text)
-    host, separator, port = text.removeprefix("http://").rstrip("/").rpartition(":")
+    host, separator, port = (
+        text.removeprefix("http://").removeprefix("https://").rstrip("/").rpartition(":")
+    )
     bare = host.removeprefix("[").removesuffix("]")
     if not separator or not bare or not port.isdecimal() or int(port) > _PORT_MAX:
         raise ValueError(
@@ -23,8 +25,8 @@ def parse_listen(text: str, *, allow_remote: bool = False) -> Address:
         )
     if not is_loopback(bare) and not allow_remote:
         raise ValueError(
-            f"listen address {text!r}: other machines could reach it, and no API key is set. "
-            "Listen on 127.0.0.1, or accept that everybody there may use and change everything: "
-            "--allow-remote"
+            f"listen address {text!r}: other machines could reach it, and no API key is asked "
+            "for. Listen on 127.0.0.1, make a key (`sllm key create`), or accept that everybody "
+            "there may use and change everything: --allow-remote"
         )
     return Address(f"http://{f'[{bare}]' if ':' in bare else bare}:{int(port)}")

@@ -20,7 +20,7 @@ from serverlessllm.orchestrator.loads import Loads
 from serverlessllm.orchestrator.operations import Operations
 from serverlessllm.orchestrator.replicas import keep_replicas
 from serverlessllm.orchestrator.rest.front import Front
-from serverlessllm.orchestrator.rest.guard import Guard, is_local, must_ask, no_key
+from serverlessllm.orchestrator.rest.guard import Guard, is_local
 from serverlessllm.orchestrator.rest.inference import Inference
 from serverlessllm.orchestrator.rest.internal import InternalServer
 from serverlessllm.orchestrator.rest.management import Management
@@ -197,12 +197,15 @@ class Orchestrator:
 
     def _check_public(self, listen: Address) -> None:
         settings, view = self._settings, self.view
-        refused = settings.require_key is False and not settings.allow_public_without_key
-        if is_local(listen) or not (refused or must_ask(settings, listen)):
-            return
         # While nobody knows of keys the guard lets nobody in.
-        if refused or (view.listed and not (view.keys_asked or settings.api_key_sha256)):
-            raise ValueError(no_key(listen))
+        keys = settings.api_key_sha256 or view.keys_asked or not view.listed
+        asks = keys if settings.require_key is None else settings.require_key
+        if not (is_local(listen) or asks or settings.allow_public_without_key):
+            raise ValueError(
+                f"listen address {listen}: other machines could reach it, and no API key is asked "
+                "for. Make a key (`sllm key create`), or accept that everybody there may use and "
+                "change everything: --allow-remote"
+            )
 
     def _not_ready(self) -> str:
         """Why no request should be sent here; empty when it may."""

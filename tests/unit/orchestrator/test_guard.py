@@ -90,7 +90,13 @@ def test_foreign_names_of_a_loopback_server_do_not(host):
 
 @pytest.mark.parametrize("listen", ["http://0.0.0.0:80", "unix:/run/x.sock"])
 def test_a_server_for_others_is_known_by_any_name(listen):
-    Door(listen).check(Request(host="api.example.com"))
+    Door(listen, allow_public_without_key=True).check(Request(host="api.example.com"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"require_key": True}])
+def test_a_server_for_others_asks_for_a_key_though_there_is_none(settings):
+    with pytest.raises(Unauthorized):
+        Door("http://0.0.0.0:80", **settings).check(Request())
 
 
 @pytest.mark.parametrize("origin", ["null", "http://evil.example", "http://127.0.0.1:3000"])

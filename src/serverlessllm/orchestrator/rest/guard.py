@@ -109,8 +109,11 @@ class Guard:
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._fixed = tuple(digest.lower() for digest in settings.api_key_sha256)
-        self._required = True if self._fixed else settings.require_key
+        self._required = settings.require_key
         """None: as soon as there is a key."""
+        undecided = settings.require_key is None and not settings.allow_public_without_key
+        if self._fixed or (undecided and not is_local(listen)):
+            self._required = True
         self._names = frozenset(name.lower() for name in settings.allowed_hosts)
         # Only a loopback address is protected by nothing but being hard to reach.
         self._check_host = listen.startswith("http://") and is_local(listen)
