@@ -45,6 +45,15 @@ Port = Annotated[
     int | None,
     typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]", min=0, max=65535),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Processes that serve the port together, 0 for one a core. [default: 1, which serves "
+        "alone]",
+        min=0,
+        show_default=False,
+    ),
+]
 AllowRemote = Annotated[
     bool | None,
     typer.Option(

@@ -24,12 +24,17 @@ def front_door(find_main: Callable[[], Main], text: str) -> Callable[..., None]:
     def verb(
         host: options.Host = None,
         port: options.Port = None,
+        workers: options.Workers = None,
         data_dir: options.DataDir = None,
         config: options.Config = None,
         overrides: options.Set = None,
         allow_remote: options.AllowRemote = None,
     ) -> None:
-        loaded = _settings(host, port, data_dir, config, overrides, allow_remote)
+        chosen: dict[str, object] = {
+            "orchestrator__allow_public_without_key": allow_remote or None,
+            "orchestrator__workers": workers,
+        }
+        loaded = _settings(host, port, data_dir, config, overrides, chosen)
         run(loaded, find_main(), free_port="--port 0")
 
     verb.__doc__ = text
@@ -93,25 +98,14 @@ def _settings(
     data_dir: str | None,
     config: Path | None,
     overrides: list[str] | None,
-    allow_remote: bool | None,
+    chosen: dict[str, object],
 ) -> Loaded:
     """The settings of a process that listens where `--host` and `--port` say."""
-    loaded = options.settings(
-        config,
-        data_dir,
-        overrides,
-        orchestrator__allow_public_without_key=allow_remote or None,
-    )
+    loaded = options.settings(config, data_dir, overrides, **chosen)
     if host is None and port is None:
         return loaded
     was_host, _, was_port = loaded.settings.orchestrator.listen.removeprefix("http://").rpartition(
         ":"
     )
     listen = f"{host or was_host or '127.0.0.1'}:{was_port if port is None else port}"
-    return options.settings(
-        config,
-        data_dir,
-        overrides,
-        orchestrator__allow_public_without_key=allow_remote or None,
-        orchestrator__listen=listen,
-    )
+    return options.settings(config, data_dir, overrides, **chosen, orchestrator__listen=listen)

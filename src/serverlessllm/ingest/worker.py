@@ -7,10 +7,8 @@ ends. It dies with its parent.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +28,7 @@ from serverlessllm.core.errors import (
     SLLMError,
 )
 from serverlessllm.core.failures import record_of
+from serverlessllm.core.parent import die_with
 from serverlessllm.core.units import format_size
 from serverlessllm.ingest.messages import (
     Done,
@@ -44,7 +43,6 @@ from serverlessllm.ingest.remote import Fetcher
 from serverlessllm.ingest.sources import open_source
 from serverlessllm.store.errors import is_disk_full
 
-_PR_SET_PDEATHSIG = 1
 LOCK_NAME = ".lock"
 """In the work folder: held by the one worker that writes there."""
 
@@ -55,7 +53,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints must not look like a report
     lines = iter(sys.stdin.buffer.readline, b"")
     request = msgspec.json.decode(next(lines, b"null"), type=WorkRequest)
-    _die_with(request.parent)
+    die_with(request.parent)
     try:
         _work(request, lines, reports)
     except SLLMError as error:
@@ -142,15 +140,6 @@ def _fail(reports: BinaryIO, error: SLLMError) -> None:
 def _say(reports: BinaryIO, report: Report) -> None:
     """One write a line: a report is whole or absent, whenever we are killed."""
     reports.write(msgspec.json.encode(report) + b"\n")
-
-
-def _die_with(parent: int) -> None:
-    """Be killed when the service ends, however it ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,13 @@ class Waiter:
                 timer.cancel()
         return self._loading.progress
 
+    async def moved(self) -> None:
+        """Return at the next progress, also of an instance that is ready before its bytes, or when
+        the load has ended."""
+        task = self._loading.task
+        if task is not None and self.incomplete:
+            await asyncio.wait((self._loading.turn, task), return_when=asyncio.FIRST_COMPLETED)
+
     def promise(self) -> None:
         """The client is told to come back: the load goes on for it."""
         self._loading.held = True

@@ -67,6 +67,11 @@ class AgentGone(BackendDied):
     """The agent did not answer, or hung up: another one, or its next life, may."""
 
 
+def fleet_of(view: ClusterView) -> Fleet:
+    """The agents that a load may meet."""
+    return frozenset((seen.agent, seen.record.epoch) for seen in view.agents.values())
+
+
 class Loads:
     """What the waiting room has done; holds nothing between two calls."""
 
@@ -88,7 +93,7 @@ class Loads:
         self._clock = clock
 
     def fleet(self) -> Fleet:
-        return frozenset((seen.agent, seen.record.epoch) for seen in self._view.agents.values())
+        return fleet_of(self._view)
 
     async def bring_up(
         self,

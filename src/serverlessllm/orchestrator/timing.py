@@ -21,9 +21,7 @@ NOTHING_LINES = _WARM_LINES % (0, 0.0, 0.0)
 class Timing:
     """What is known of one request's time so far."""
 
-    __slots__ = (
-        "elsewhere", "first_byte_s", "inner", "loaded", "model", "place_s", "sent_s", "waited_s",
-    )  # fmt: skip
+    __slots__ = ("first_byte_s", "inner", "loaded", "model", "place_s", "sent_s", "waited_s")
 
     def __init__(self, model: ModelId) -> None:
         self.model = model
@@ -35,10 +33,8 @@ class Timing:
         self.waited_s = 0.0
         """In the waiting room."""
         self.loaded: Loaded | None = None
-        self.elsewhere = False
-        """Another process of this front door answers and counts it."""
         self.inner = b""
-        """That one's lines, once it has answered."""
+        """The lines of the process that answered, when that is another one of this front door."""
 
 
 def timing_lines(timing: object, arrived_s: float, now_s: float) -> bytes:

@@ -1,0 +1,88 @@
+"""A worker's own view: a copy of the main process's, and what the worker meets told back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from serverlessllm.core.ids import AgentId, ModelId
+from serverlessllm.orchestrator.view import ClusterView
+from serverlessllm.orchestrator.workers.messages import (
+    AgentFailed,
+    AgentGone,
+    AgentIs,
+    AgentState,
+    FromWorker,
+    KeyGone,
+    KeyIs,
+    KeysKnown,
+    ModelGone,
+    ModelIs,
+    ModelLost,
+    Snapshot,
+    ToWorker,
+)
+
+
+class Mirror(ClusterView):
+    """Read as any view. `tell` sends to the main process what requests note here."""
+
+    def __init__(self, tell: Callable[[FromWorker], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def failed(self, agent: AgentId) -> None:
+        seen = self.agents.get(agent)
+        if seen is not None and not seen.failed:
+            self._tell(AgentFailed(agent=agent))
+        super().failed(agent)
+
+    def lost(self, agent: AgentId, model: ModelId) -> None:
+        self._tell(ModelLost(agent=agent, model=model))
+        super().lost(agent, model)
+
+    def apply(self, message: ToWorker) -> bool:
+        """Whether the message was about the view."""
+        match message:
+            case AgentIs(state=state):
+                self._put_state(state)
+            case AgentGone(agent=agent):
+                self.drop_agent(agent)
+            case ModelIs(record=record):
+                self.put_model(record)
+            case ModelGone(model=model):
+                self.drop_model(model)
+            case KeyIs(key=key):
+                self.put_api_key(key)
+            case KeyGone(key=key_id):
+                self.drop_api_key(key_id)
+            case KeysKnown(listed=listed, keys_asked=keys_asked):
+                self._know(listed, keys_asked)
+            case Snapshot():
+                self._put_all(message)
+            case _:
+                return False
+        return True
+
+    def _put_all(self, snapshot: Snapshot) -> None:
+        for record in snapshot.models:
+            self.put_model(record)
+        for state in snapshot.agents:
+            self._put_state(state)
+        for key in snapshot.api_keys:
+            self.put_api_key(key)
+        self.keep_only(
+            models=[record.spec.model for record in snapshot.models],
+            agents=[state.record.agent for state in snapshot.agents],
+            jobs=(),
+            api_keys=[key.id for key in snapshot.api_keys],
+        )
+        self._know(snapshot.listed, snapshot.keys_asked)
+
+    def _put_state(self, state: AgentState) -> None:
+        self.mirror_agent(state.record, state.revision, state.seen_s, failed=state.failed)
+
+    def _know(self, listed: bool, keys_asked: bool) -> None:
+        if keys_asked:
+            self.ask_for_keys()
+        if listed:
+            self.is_listed()
