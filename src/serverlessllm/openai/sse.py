@@ -40,3 +40,9 @@ def comment(event: LoadEvent) -> bytes:
 def error_event(error: SLLMError) -> bytes:
     """The last event of a stream that failed; no `[DONE]` follows it."""
     return b"data: " + error_body(error) + b"\n\n"
+
+
+def typed_event(event: msgspec.Struct) -> bytes:
+    """An event whose name is its struct's tag."""
+    name = str(event.__struct_config__.tag).encode()
+    return b"event: %b\ndata: %b\n\n" % (name, _encoder.encode(event))

@@ -27,7 +27,9 @@ from serverlessllm.orchestrator.rest.guard import Guard, is_local
 from serverlessllm.orchestrator.rest.inference import Inference
 from serverlessllm.orchestrator.rest.internal import InternalServer
 from serverlessllm.orchestrator.rest.management import Management
+from serverlessllm.orchestrator.rest.messages import Messages
 from serverlessllm.orchestrator.rest.quota import Quotas
+from serverlessllm.orchestrator.rest.responses import Responses
 from serverlessllm.orchestrator.rest.routes import Routes, render
 from serverlessllm.orchestrator.router import Router
 from serverlessllm.orchestrator.seams import DeletesCheckpoints, Ingests
@@ -124,6 +126,10 @@ class Orchestrator:
         )
         self._internal = InternalServer(management.app, run_dir)
         self._front = Front(self._upstreams, run_dir)
+        self._responses = Responses(
+            settings, limits=limits or RequestLimits(), front=self._front, clock=clock
+        )
+        self._messages = Messages(settings, limits=limits or RequestLimits(), front=self._front)
         self._workers: Workers | None = None
         if worker_count(settings) > 1:
             template = Start(
@@ -188,6 +194,7 @@ class Orchestrator:
             not_ready=self._not_ready,
             metrics=self._metrics,
             clock=self._clock,
+            routes=(*self._responses.routes, *self._messages.routes),
         )
         self._edge = EdgeServer(
             routes.handle,

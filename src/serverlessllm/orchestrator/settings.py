@@ -97,6 +97,15 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     idempotency_answer_bytes_max: int = 4 * MIB
     """A longer answer is not kept."""
 
+    responses_max: int = 4096
+    """Stored responses (`/v1/responses`); the least recently used ones make room."""
+    responses_bytes_max: int = 64 * MIB
+    """What stored responses may take together."""
+    responses_ttl_s: float = 86_400.0
+    """How long a response is stored."""
+    translated_bytes_max: int = 64 * MIB
+    """Of one chat's answer that is told in another dialect (`/v1/responses`, `/v1/messages`)."""
+
     models_list_max: int = 1000
     """Rows of one listing."""
     hint_names_max: int = 8

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from serverlessllm.core.apikeys import Scope
+from serverlessllm.core.errors import SLLMError
 from serverlessllm.edge.server import Request
 
 GET = ("GET", "HEAD")
@@ -21,6 +22,10 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     serve: Callable[[Request], Awaitable[None]]
     scope: Scope | None = Scope.INFERENCE
     """What a key must have; None: no key is asked for."""
+    page: bool = False
+    """Whether a browser may be asked for the key: as the password of HTTP's basic scheme."""
+    explain: Callable[[Request, SLLMError], None] | None = None
+    """Answers with an error in the words of another API; None: by the error contract."""
 
 
 class RouteTable:

@@ -169,6 +169,14 @@ class Routes:
         """Everything that is not hot."""
         await in_task()
         route = self._table.find(request.path)
+        try:
+            await self._serve(request, route)
+        except SLLMError as error:
+            if route is None or route.explain is None or request.started:
+                raise
+            route.explain(request, error)
+
+    async def _serve(self, request: Request, route: Route | None) -> None:
         self._guard.check(request, ANY if route is None else route.scope)
         if route is None:
             raise RouteNotFound(f"there is no {request.path[:200]}")
