@@ -79,7 +79,11 @@ def read_asked(kind: Kind, body: bytes) -> Asked:
         stream=bool(read.stream) and kind is not Kind.EMBEDDINGS,
         include_usage=bool(options and options.include_usage),
         # A chat says true; a completion says how many alternatives, of which 0 is a number too.
-        logprobs=bool(read.logprobs) if kind is Kind.CHAT else read.logprobs not in (None, False),
+        logprobs=(
+            bool(read.logprobs)
+            if kind is Kind.CHAT
+            else read.logprobs is not None and read.logprobs is not False
+        ),
         base64=read.encoding_format == "base64",
         dimensions=read.dimensions,
         keep_alive=read.keep_alive is not UNSET,

@@ -110,10 +110,15 @@ def whole_choice(said: SaidChoice, place: int, *, logprobs: bool, name: str) -> 
             function_call=function,
         ),
         logprobs=chat_scores(said.logprobs) if logprobs and said.logprobs is not None else None,
-        finish_reason=finish_reason(said.finish_reason, Kind.CHAT, calls=bool(calls)),
+        finish_reason=_called(finish_reason(said.finish_reason, Kind.CHAT), calls),
         stop_reason=UNSET if said.stop_reason is None else said.stop_reason,
         token_ids=said.token_ids or UNSET,
     )
+
+
+def _called(reason: str, calls: list[Call] | Calls) -> str:
+    """Some engines call an answer that ends in calls a plain stop."""
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 class ChatVoice:
@@ -139,6 +144,9 @@ class ChatVoice:
         """
         if self.ended:
             return
+        reason = said.finish_reason
+        if reason is not None:
+            reason = finish_reason(reason, Kind.CHAT)
         delta = said.delta or said.message or SaidMessage()
         reasoning = delta.reasoning_content or delta.reasoning
         scores = None
@@ -157,8 +165,8 @@ class ChatVoice:
                 out.append(self._plain_head + _encode(delta.content) + self._plain_tail)
         else:
             scores = self._say_all(delta, reasoning, scores, said, out)
-        if said.finish_reason is not None:
-            self.finish(said.finish_reason, out, scores, said.stop_reason)
+        if reason is not None:
+            self.finish(reason, out, scores, said.stop_reason)
 
     def _say_all(
         self,
@@ -196,24 +204,19 @@ class ChatVoice:
 
     def finish(
         self,
-        reason: str | None,
+        reason: str,
         out: list[bytes],
         scores: ChatScores | None = None,
         stop_reason: int | str | None = None,
     ) -> None:
-        """It has ended.
-
-        Raises:
-            BackendProtocolError: the engine gave it up.
-        """
+        """It has ended, for one of the API's reasons."""
         self.ended = True
-        meaning = finish_reason(reason, Kind.CHAT, calls=bool(self._calls))
         calls = self._calls.finish()
         if calls:
             out.append(
                 self._head + _encode(_Piece(self._index, _Delta(tool_calls=calls))) + self._tail
             )
-        last = _Piece(self._index, _Delta(), scores, meaning)
+        last = _Piece(self._index, _Delta(), scores, _called(reason, self._calls))
         if stop_reason is not None:
             last.stop_reason = stop_reason
         out.append(self._head + _encode(last) + self._tail)

@@ -17,9 +17,8 @@ _BROKEN = frozenset({"abort", "aborted", "cancelled", "canceled", "error", "fail
 """An answer that ended like this has no end: what it said so far is cut off somewhere."""
 
 
-def finish_reason(said: str | None, kind: Kind, *, calls: bool) -> str:
-    """The API's word; `calls`: whether the answer has tool calls. An unknown word, or none, is a
-    plain stop.
+def finish_reason(said: str | None, kind: Kind) -> str:
+    """The API's word. An unknown word, or none, is a plain stop.
 
     Raises:
         BackendProtocolError: the engine gave the answer up.
@@ -29,5 +28,5 @@ def finish_reason(said: str | None, kind: Kind, *, calls: bool) -> str:
         raise BackendProtocolError("the model's backend gave up in the middle of its answer")
     reason = _MEANING.get(word, "stop")
     if kind is Kind.CHAT:
-        return "tool_calls" if calls and reason == "stop" else reason
+        return reason
     return reason if reason in {"length", "content_filter"} else "stop"

@@ -159,7 +159,7 @@ class StreamedAnswer:
             raise nonsense("it has no choices")
         for voice in self._voices.values():
             if not voice.ended:
-                voice.finish(None, out)
+                voice.finish("stop", out)
         if self._asked.include_usage and self.usage is not None:
             out.append(b'%b],"usage":%b}\n\n' % (self._head, _encode(self.usage)))
         out.append(DONE)

@@ -45,7 +45,7 @@ def whole_text(said: SaidText, place: int, *, logprobs: bool) -> WholeText:
     Raises:
         BackendProtocolError: the engine gave it up.
     """
-    reason = finish_reason(said.finish_reason, Kind.TEXT, calls=False)
+    reason = finish_reason(said.finish_reason, Kind.TEXT)
     scores = text_scores(said.logprobs, 0) if logprobs and said.logprobs is not None else None
     return _choice(said, place if said.index is None else said.index, scores, reason)
 
@@ -80,14 +80,14 @@ class TextVoice:
             if said.text:
                 out.append(self._plain_head + _encode(said.text) + self._plain_tail)
             return
-        meaning = None if reason is None else finish_reason(reason, Kind.TEXT, calls=False)
+        meaning = None if reason is None else finish_reason(reason, Kind.TEXT)
         self.ended = reason is not None
         choice = _choice(said, self._index, scores, meaning)
         out.append(self._head + _encode(choice) + self._tail)
 
-    def finish(self, reason: str | None, out: list[bytes]) -> None:
-        """It has ended."""
-        self.say(SaidText(finish_reason=reason or "stop"), out)
+    def finish(self, reason: str, out: list[bytes]) -> None:
+        """It has ended, for one of the API's reasons."""
+        self.say(SaidText(finish_reason=reason), out)
 
 
 def _choice(said: SaidText, index: int, scores: TextScores | None, reason: str | None) -> WholeText:
