@@ -12,8 +12,9 @@ import gc
 import importlib.util
 import re
 import resource
+import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -313,10 +314,34 @@ async def _orchestrator(
     ingestion = build_ingestion(parts)
     try:
         await ingestion.start()
-        async with _running(build_orchestrator(parts, ingestion), listen) as running:
-            yield running
+        async with _running(build_orchestrator(parts, ingestion), listen) as (running, address):
+            if parts.loaded.settings.orchestrator.tls_certificate is None:
+                yield running, address
+                return
+            with _reloading(running):
+                yield running, Address(address.replace("http://", "https://", 1))
     finally:
         await ingestion.close()
+
+
+@contextlib.contextmanager
+def _reloading(orchestrator: Orchestrator) -> Iterator[None]:
+    """SIGHUP: read the certificate again, as whoever renews it asks."""
+
+    def reload() -> None:
+        try:
+            orchestrator.reload_certificate()
+        except ValueError as error:
+            _log.error("certificate not reloaded", reason=str(error))
+        else:
+            _log.info("certificate reloaded")
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 async def _until(stop: Stop, address: Address, on_ready: OnReady) -> None:

@@ -175,7 +175,8 @@ class Connection(asyncio.Protocol):
         self._receiver.deaf = True
         self._receiver.receiving = None
         self._receiver.since_s = self.server.clock.now_s()
-        self._transport.write_eof()
+        if self._transport.can_write_eof():  # not with TLS
+            self._transport.write_eof()
         self._resume_reading()
 
     def _resume_reading(self) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import SLLMError
@@ -78,10 +80,16 @@ class EdgeServer:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    async def start(self, address: Address, bound: socket.socket | None = None) -> Address:
+    async def start(
+        self,
+        address: Address,
+        bound: socket.socket | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> Address:
         """Listen on `unix:/path` or `http://host:port`; port 0 takes a free one. Returns the
         actual address. May be called again, for one address more. `bound` is a socket that has
-        the address already, perhaps with other processes; it is closed with the listener.
+        the address already, perhaps with other processes; it is closed with the listener. With
+        `tls` a port speaks https; its address stays `http://`.
 
         Raises:
             OSError: the address cannot be had.
@@ -91,19 +99,33 @@ class EdgeServer:
         where = split_address(address)
         backlog = self.settings.backlog
         if bound is not None:
-            listener = await self.loop.create_server(self._connect, sock=bound, backlog=backlog)
+            listener = await self.loop.create_server(
+                self._connect, sock=bound, backlog=backlog, **self._tls_options(tls)
+            )
         elif isinstance(where, str):
             _free(where)
             self._paths.append(where)
             listener = await self.loop.create_unix_server(self._connect, where, backlog=backlog)
         else:
             host, port = where
-            listener = await self.loop.create_server(self._connect, host, port, backlog=backlog)
+            listener = await self.loop.create_server(
+                self._connect, host, port, backlog=backlog, **self._tls_options(tls)
+            )
             port = listener.sockets[0].getsockname()[1]
             address = join_address(host, port)
         self._listeners.append(listener)
         self.sweeper.start()
         return address
+
+    def _tls_options(self, tls: ssl.SSLContext | None) -> dict[str, Any]:
+        """Of `create_server`: a handshake may be as slow as headers, a goodbye as a last read."""
+        if tls is None:
+            return {}
+        return {
+            "ssl": tls,
+            "ssl_handshake_timeout": self.settings.header_timeout_s,
+            "ssl_shutdown_timeout": self.settings.swallow_s,
+        }
 
     @property
     def connections(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from serverlessllm.core.clock import Clock
 from serverlessllm.core.ids import Address
 from serverlessllm.edge.server import EdgeServer
 from serverlessllm.edge.settings import EdgeSettings, UpstreamSettings
+from serverlessllm.edge.tls import load_certificate, server_tls
 from serverlessllm.edge.upstream import Upstreams
 from serverlessllm.metadata.registry import Registry
 from serverlessllm.openai.settings import RequestLimits
@@ -77,7 +79,6 @@ class Orchestrator:
         self._clock = clock
         self._edge_settings = edge or EdgeSettings()
         self._upstreams = Upstreams(upstream or UpstreamSettings(), clock)
-        self._token = token
         self.view = ClusterView()
         self.quotas = Quotas(clock)
         self._router = Router(
@@ -155,6 +156,7 @@ class Orchestrator:
             )
             # Only workers come to this process's own edge, and they drain before it.
             self._edge_settings = msgspec.structs.replace(self._edge_settings, drain_accept_s=0.0)
+        self._tls: ssl.SSLContext | None = None
         self._edge: EdgeServer | None = None
         self._routes: Routes | None = None
         self._background: list[asyncio.Task[None]] = []
@@ -176,6 +178,7 @@ class Orchestrator:
             raise
 
     async def _start(self, listen: Address) -> Address:
+        self._tls = server_tls(self._settings.tls_certificate, self._settings.tls_key)
         management = await self._internal.start()
         self._run("feed", self._feed.run)
         await self._feed.first_list()
@@ -184,9 +187,7 @@ class Orchestrator:
         self._run("replicas", self._keep_replicas)
         self._routes = routes = Routes(
             self._settings,
-            guard=Guard(
-                self._settings, listen, view=self.view, quotas=self.quotas, token=self._token
-            ),
+            guard=Guard(self._settings, listen, view=self.view, quotas=self.quotas),
             inference=self._inference,
             view=self.view,
             upstreams=self._upstreams,
@@ -207,7 +208,17 @@ class Orchestrator:
         await self._edge.start(self._front.address)
         if self._workers is not None:
             return await self._workers.start(listen)
-        return await self._edge.start(listen)
+        return await self._edge.start(listen, tls=self._tls)
+
+    def reload_certificate(self) -> None:
+        """Show new connections what the certificate's files hold now.
+
+        Raises:
+            ValueError: they are not good; the old certificate stays.
+        """
+        certificate, key = self._settings.tls_certificate, self._settings.tls_key
+        if self._tls is not None and certificate is not None and key is not None:
+            load_certificate(self._tls, certificate, key)
 
     async def drain(self) -> None:
         """What SIGTERM asks: not ready, take requests a while longer, finish the running ones."""

@@ -7,14 +7,13 @@ SHA-256, compared in constant time.
 
 from __future__ import annotations
 
-import copy
+import base64
 import hmac
 import ipaddress
 import re
 import time
 from collections.abc import Callable, Mapping
 
-from serverlessllm.core.agentapi import INSIDE_HEADER
 from serverlessllm.core.apikeys import ApiKey, Scope, digest_of
 from serverlessllm.core.errors import Forbidden, MetadataUnavailable, Unauthorized
 from serverlessllm.core.ids import Address, ModelId, is_loopback
@@ -25,10 +24,15 @@ from serverlessllm.orchestrator.view import ClusterView
 
 ANY = "any"
 """Of what every key may see: that there is no such route."""
+_BASIC = "basic "
 _KNOWN_HOSTS_MAX = 256
 _ID_DIGITS = 12
 _KNOWN_KEYS_MAX = 4096
 _KNOWN_KEY_CHARS_MAX = 256
+
+
+class PasswordWanted(Unauthorized):
+    """A browser, told so, asks its user: any name, and the API key as the password."""
 
 
 class InsufficientScope(Forbidden):
@@ -46,7 +50,7 @@ class ModelNotAllowed(Forbidden):
 class Caller:
     """Whoever has a key: what it opens, and what it has left of its limits."""
 
-    __slots__ = ("_names", "_patterns", "elsewhere", "expires_s", "id", "scopes", "usage")
+    __slots__ = ("_names", "_patterns", "expires_s", "id", "scopes", "usage")
 
     def __init__(self, name: str, key: ApiKey | None, quotas: Quotas) -> None:
         """`key` is None for one of the configuration's, which open everything."""
@@ -59,11 +63,6 @@ class Caller:
         models = () if key is None else key.models
         self._names = frozenset(name for name in models if "*" not in name)
         self._patterns = tuple(_pattern(name) for name in models if "*" in name)
-        self.elsewhere = self
-        """The same caller of a request that another process has admitted."""
-        if self.usage is not None:
-            self.elsewhere = copy.copy(self)
-            self.elsewhere.usage = None
 
     @property
     def restricted(self) -> bool:
@@ -95,7 +94,7 @@ class Caller:
 class Guard:
     """Checks each request before its route; `listen` is the address served on.
 
-    `wall_s` is Unix time, by which a key expires; `token` the cluster's.
+    `wall_s` is Unix time, by which a key expires.
     """
 
     def __init__(
@@ -105,7 +104,6 @@ class Guard:
         *,
         view: ClusterView,
         quotas: Quotas,
-        token: str,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._fixed = tuple(digest.lower() for digest in settings.api_key_sha256)
@@ -119,17 +117,17 @@ class Guard:
         self._check_host = listen.startswith("http://") and is_local(listen)
         self._view = view
         self._quotas = quotas
-        self._token = token.encode()
         self._wall_s = wall_s
         self._good_hosts: set[str] = set()
         self._callers: dict[str, Caller] = {}
         """By the header that proved it, for as long as no key changes."""
         self._callers_of = view.keys_version
 
-    def check(self, request: Request, scope: str | None) -> None:
+    def check(self, request: Request, scope: str | None, *, page: bool = False) -> None:
         """Return if the request may go on; its `caller` is then who asks, if keys are asked for.
 
-        `scope` is what its route takes (`ANY`: any key); None: no key.
+        `scope` is what its route takes (`ANY`: any key); None: no key. A `page` is for a browser,
+        which sends a key as a password.
 
         Raises:
             Forbidden: a browser's cross-origin request, a `Host` that is not ours, or a key that
@@ -146,7 +144,12 @@ class Guard:
             raise Forbidden("requests from web pages of another origin are not served")
         if scope is None or not self._asks():
             return
-        caller = self._caller(request)
+        try:
+            caller = self._caller(request, page)
+        except Unauthorized as error:
+            if not page:
+                raise
+            raise PasswordWanted(error.message) from error
         if scope is not ANY and scope not in caller.scopes:
             raise InsufficientScope(f"this API key lacks the scope {scope}")
         request.caller = caller
@@ -165,13 +168,15 @@ class Guard:
             return False
         raise _not_known()
 
-    def _caller(self, request: Request) -> Caller:
+    def _caller(self, request: Request, page: bool) -> Caller:
         if self._callers_of != self._view.keys_version:
             self._forget_callers()
         headers = request.headers
         given = headers.get("authorization")
         if given is None:
             given = f"bearer {headers.get('x-api-key') or ''}"
+        elif page and given[: len(_BASIC)].lower() == _BASIC:
+            given = f"bearer {_password(given[len(_BASIC) :])}"
         caller = self._callers.get(given)
         if caller is None:
             caller = self._prove(given)
@@ -181,10 +186,6 @@ class Guard:
                 self._callers[given] = caller
         if caller.expires_s is not None and self._wall_s() >= caller.expires_s:
             raise Unauthorized(f"the API key {caller.id} has expired")
-        if caller.usage is not None:
-            inside = headers.get(INSIDE_HEADER)
-            if inside is not None and hmac.compare_digest(inside.encode(), self._token):
-                return caller.elsewhere
         return caller
 
     def _prove(self, given: str) -> Caller:
@@ -224,6 +225,14 @@ def caller_of(request: Request) -> Caller | None:
     """Who asks; None while no keys are asked for."""
     caller = request.caller
     return caller if isinstance(caller, Caller) else None
+
+
+def _password(credentials: str) -> str:
+    """The password in what HTTP's basic scheme sends; empty where there is none."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode("latin-1").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _not_known() -> MetadataUnavailable:

@@ -10,6 +10,7 @@ import msgspec
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.edge.server import EdgeServer, Request
+from serverlessllm.edge.tls import server_tls
 from serverlessllm.edge.upstream import Upstreams
 from serverlessllm.orchestrator.gauges import RequestGauges
 from serverlessllm.orchestrator.rest.guard import Guard
@@ -66,9 +67,7 @@ class Worker:
         self._vigil = Vigil(
             settings, view=self._view, router=router, upstreams=self._upstreams, clock=clock
         )
-        self._guard = Guard(
-            settings, start.listen, view=self._view, quotas=self._quotas, token=start.token
-        )
+        self._guard = Guard(settings, start.listen, view=self._view, quotas=self._quotas)
         self._routes = Routes(
             settings,
             guard=self._guard,
@@ -114,8 +113,10 @@ class Worker:
         self._run("vigil", self._vigil.run)
         self._run("alive", self._stay_alive)
         self._run("sharing", self._share)
+        settings = self._start.settings
+        tls = server_tls(settings.tls_certificate, settings.tls_key)
         for descriptor in self._start.listeners:
-            await self._edge.start(self._start.listen, socket.socket(fileno=descriptor))
+            await self._edge.start(self._start.listen, socket.socket(fileno=descriptor), tls)
 
     async def drain(self) -> None:
         """Take requests a while longer, finish the running ones, tell the last figures."""
