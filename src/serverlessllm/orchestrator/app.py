@@ -24,6 +24,7 @@ from serverlessllm.orchestrator.gauges import RequestGauges
 from serverlessllm.orchestrator.loads import Loads
 from serverlessllm.orchestrator.operations import Operations
 from serverlessllm.orchestrator.replicas import keep_replicas
+from serverlessllm.orchestrator.rest.documents import Documents
 from serverlessllm.orchestrator.rest.front import Front
 from serverlessllm.orchestrator.rest.guard import Guard, is_local
 from serverlessllm.orchestrator.rest.inference import Inference
@@ -131,6 +132,7 @@ class Orchestrator:
             settings, limits=limits or RequestLimits(), front=self._front, clock=clock
         )
         self._messages = Messages(settings, limits=limits or RequestLimits(), front=self._front)
+        self._documents = Documents(limits or RequestLimits())
         self._workers: Workers | None = None
         if worker_count(settings) > 1:
             template = Start(
@@ -195,7 +197,7 @@ class Orchestrator:
             not_ready=self._not_ready,
             metrics=self._metrics,
             clock=self._clock,
-            routes=(*self._responses.routes, *self._messages.routes),
+            routes=(*self._responses.routes, *self._messages.routes, *self._documents.routes),
         )
         self._edge = EdgeServer(
             routes.handle,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta, field
 
 from serverlessllm.core.errors import InvalidJSON, InvalidRequest, RequestTooLarge
 from serverlessllm.core.ids import ModelId, parse_model_id
@@ -20,14 +21,20 @@ ALIASES_MAX = 64
 OPTIONS_MAX = 64
 TEXT_CHARS_MAX = 4096
 SOURCE_SCHEMES = ("hf", "file", "s3", "az", "gs")
+Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 _LIMIT_DIGITS_MAX = 9
 _WHERE = re.compile(r"(.*) - at `\$\.?(.*)`", re.DOTALL)
 
 
-class _NewModel(
+class NewModel(
     ModelSpec, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
     """A spec as an operator sends it: a misspelt field is an error, not a default."""
+
+    min_replicas: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 0
+    max_replicas: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] = 8
+    aliases: Annotated[tuple[str, ...], Meta(max_length=ALIASES_MAX)] = ()
+    options: Annotated[dict[str, Text], Meta(max_length=OPTIONS_MAX)] = field(default_factory=dict)
 
 
 def read_body(data: bytes, kind: type[Body]) -> Body:
@@ -57,7 +64,7 @@ def read_spec(data: bytes) -> ModelSpec:
     Raises:
         InvalidRequest, InvalidModelName: what may not be, and why.
     """
-    spec = ModelSpec(**msgspec.structs.asdict(read_body(data, _NewModel)))
+    spec = ModelSpec(**msgspec.structs.asdict(read_body(data, NewModel)))
     check_spec(spec)
     return spec
 

@@ -27,7 +27,7 @@ from serverlessllm.openai.models import list_body, model_body, model_object
 from serverlessllm.openai.request import parse_chat, parse_completion, parse_embeddings
 from serverlessllm.openai.sse import error_event
 from serverlessllm.orchestrator.loads import unknown_model
-from serverlessllm.orchestrator.rest.guard import ANY, Caller, Guard, caller_of
+from serverlessllm.orchestrator.rest.guard import ANY, Caller, Guard, PasswordWanted, caller_of
 from serverlessllm.orchestrator.rest.idempotency import IDEMPOTENCY_HEADER, Replays
 from serverlessllm.orchestrator.rest.inference import Inference, Parse
 from serverlessllm.orchestrator.rest.loading import StillLoading, loading_body
@@ -43,6 +43,7 @@ _log = log("orchestrator")
 
 _OK = 200
 _NO_KEY = 401
+_ASK_USER = 'Basic realm="ServerlessLLM: any name, and an API key as the password", charset="UTF-8"'
 _GONE = 499
 _BUG = 500
 _DRAINING = Draining("this server is shutting down; send the request again")
@@ -177,9 +178,10 @@ class Routes:
             route.explain(request, error)
 
     async def _serve(self, request: Request, route: Route | None) -> None:
-        self._guard.check(request, ANY if route is None else route.scope)
         if route is None:
+            self._guard.check(request, ANY)
             raise RouteNotFound(f"there is no {request.path[:200]}")
+        self._guard.check(request, route.scope, page=route.page)
         if request.method not in route.methods:
             raise MethodNotAllowed(f"{request.path[:200]} takes {route.methods[0]}")
         key = request.headers.get(IDEMPOTENCY_HEADER)
@@ -238,7 +240,8 @@ def render(error: SLLMError) -> tuple[int, list[tuple[str, str]], bytes]:
     """Status, headers and body of an error; `loading` beside it when the model is on its way."""
     status, headers, body = render_error(error)
     if error.status == _NO_KEY:
-        headers.append(("www-authenticate", "Bearer"))
+        scheme = _ASK_USER if isinstance(error, PasswordWanted) else "Bearer"
+        headers.append(("www-authenticate", scheme))
     if isinstance(error, StillLoading):
         body = loading_body(error, body)
     return status, headers, body
