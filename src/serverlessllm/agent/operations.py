@@ -33,6 +33,11 @@ class InstanceEngine:
         async with self._send(path, body) as response:
             return await response.read()
 
+    async def get(self, path: str) -> bytes:
+        """GET; raises as `ask`."""
+        async with self._send(path, b"", "GET") as response:
+            return await response.read()
+
     async def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
         """POST; the data of each server-sent event but `[DONE]`; raises as `ask`."""
         async with self._send(path, body) as response:
@@ -46,10 +51,12 @@ class InstanceEngine:
         raise BackendProtocolError("the model's backend ended its stream early")
 
     @contextlib.asynccontextmanager
-    async def _send(self, path: str, body: bytes) -> AsyncIterator[Response]:
+    async def _send(
+        self, path: str, body: bytes, method: str = "POST"
+    ) -> AsyncIterator[Response]:
         activity = self._instance.activity
         async with self._upstreams.send(
-            self._instance.address, "POST", path, self._head, body
+            self._instance.address, method, path, self._head, body
         ) as response:
             activity.answers.add(response)
             try:

@@ -53,7 +53,8 @@ class Calls:
     """
 
     def __init__(self, names: Sequence[str], *, listed_only: bool = False) -> None:
-        """`listed_only`: the answer was made to be JSON of calls, without tags."""
+        """Without names all is text. `listed_only`: the answer was made to be calls in JSON, and
+        has no tags."""
         self._names = frozenset(names)
         self.count = 0
         """Calls so far."""
@@ -65,6 +66,8 @@ class Calls:
 
     def push(self, text: str, *, whole: bool = False) -> list[Delta]:
         """What the new text lets one say; `whole`: it was the last."""
+        if not self._names:
+            return [Delta(text=text)] if text else []
         self._kept += text
         deltas = list(self._parts(whole))
         if whole and self._call is None and not self._listed_only and self._kept.strip(_AROUND):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
-from serverlessllm.core.errors import UnsupportedOperation
+from serverlessllm.core.errors import InvalidRequest, UnsupportedOperation
 from serverlessllm.core.models import ModelSpec
+
+T = TypeVar("T")
 
 
 class Operation(StrEnum):
@@ -48,6 +50,10 @@ class Engine(Protocol):
         Raises:
             SLLMError: the server refused or failed, translated.
         """
+        ...
+
+    async def get(self, path: str) -> bytes:
+        """GET; raises as `ask`."""
         ...
 
     def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
@@ -89,6 +95,18 @@ class Speaks(Protocol):
     """A backend with a dialect of its own."""
 
     def dialect(self, spec: ModelSpec) -> Dialect: ...
+
+
+def decode(body: bytes, type_: type[T]) -> T:
+    """A checked request.
+
+    Raises:
+        InvalidRequest: it was not checked.
+    """
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"the request is not valid: {error}") from None
 
 
 class PlainDialect(msgspec.Struct, frozen=True):

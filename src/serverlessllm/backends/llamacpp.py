@@ -17,7 +17,9 @@ from serverlessllm.backends.base import (
     Offer,
     Refusal,
 )
+from serverlessllm.backends.llamacpp_dialect import LlamaDialect
 from serverlessllm.backends.options import parse_options
+from serverlessllm.backends.tools import PROLOGUE
 from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.ids import Address
 from serverlessllm.core.models import ModelSpec
@@ -67,6 +69,11 @@ class LlamaOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How token embeddings become one."""
     batch: Annotated[int, msgspec.Meta(ge=32, le=8192)] = 512
     """Tokens of a prompt that are computed at once."""
+    rerank: bool = False
+    """The model is a reranker: it offers `/v1/rerank`, and neither chats nor embeddings."""
+    scored_tokens_max: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 1024
+    """Tokens of a prompt whose own log probabilities may be asked for (`echo` with `logprobs`):
+    each costs a decoding step of its own."""
     repack: bool = False
     """Copy the weights into a layout that some CPUs compute faster on: a second copy in memory
     for each instance, and a slower start."""
@@ -112,6 +119,7 @@ class LlamaCpp:
             "model_path": str(launch.model_path),
             "model": launch.spec.model,
             "threads": options.threads or launch.node.cpus,
+            "chat_prologue": PROLOGUE,
             "gpu_layers": 0 if launch.node.devices == ("cpu",) else options.gpu_layers,
         }
         return LaunchPlan(
@@ -119,6 +127,18 @@ class LlamaCpp:
             environment=_ENVIRONMENT,
             address=Address(f"unix:{socket}"),
             tells_ready=True,
+        )
+
+    def dialect(self, spec: ModelSpec) -> LlamaDialect:
+        """`backends.dialect.Speaks`."""
+        options = parse_options(spec.options, LlamaOptions)
+        if isinstance(options, Refusal):
+            raise AssertionError("dialect without can_serve")
+        return LlamaDialect(
+            embeddings=options.embeddings,
+            rerank=options.rerank,
+            scored_tokens_max=options.scored_tokens_max,
+            slots=options.slots,
         )
 
     def parse_stats(self, body: bytes) -> BackendStats:

@@ -9,12 +9,21 @@ the KV cache (93 MiB model). `fit_params` (0.14 s) plans GPU memory that is not 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import xllamacpp
+
+_TEMPLATE = b"tokenizer.chat_template"
+_TOOLS_TEMPLATE = b"tokenizer.chat_template.tool_use"
+_STRING = 8
+"""GGUF's number of the type."""
+_HEADER_BYTES_MAX = 64 << 20
+_TEMPLATE_BYTES_MAX = 1 << 20
 
 
 def main() -> None:
@@ -53,12 +62,33 @@ def parameters(asked: SimpleNamespace) -> xllamacpp.CommonParams:
     params.fit_params = False
     params.endpoint_metrics = True
     params.ui = False
-    params.embedding = asked.embeddings
-    pooling = f"LLAMA_POOLING_TYPE_{asked.pooling}".upper()
+    params.embedding = asked.embeddings or asked.rerank
+    pooling = f"LLAMA_POOLING_TYPE_{'rank' if asked.rerank else asked.pooling}".upper()
     params.pooling_type = getattr(xllamacpp.llama_pooling_type, pooling)
     cache_type = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{asked.cache_type}".upper())
     params.cache_type_k = params.cache_type_v = cache_type
+    template = chat_template(asked.model_path)
+    if template is not None and "tools" not in template:
+        # The server says nothing of tools to a template that does not ask for them.
+        params.chat_template = asked.chat_prologue + template
     return params
+
+
+def chat_template(model_path: str) -> str | None:
+    """The GGUF's own. Found by its key's bytes: to read all that comes before it, the vocabulary
+    above all, would take longer than the server takes to start."""
+    key = len(_TEMPLATE).to_bytes(8, "little") + _TEMPLATE + _STRING.to_bytes(4, "little")
+    with (
+        Path(model_path).open("rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as gguf,
+    ):
+        at = gguf.find(key, 0, _HEADER_BYTES_MAX)
+        near = max(0, at - _TEMPLATE_BYTES_MAX), at + _TEMPLATE_BYTES_MAX
+        if at < 0 or gguf.find(_TOOLS_TEMPLATE, *near) >= 0:
+            return None  # with another one for tools, the server takes that
+        start = at + len(key) + 8
+        size = int.from_bytes(gguf[start - 8 : start], "little")
+        return gguf[start : start + min(size, _TEMPLATE_BYTES_MAX)].decode("utf-8", "replace")
 
 
 if __name__ == "__main__":
