@@ -10,6 +10,9 @@ _MARK = b"\xef\xbb\xbf"
 """A byte order mark may begin a stream."""
 
 
+_LF = 10
+
+
 class EventReader:
     """Knows every form that the standard allows: line ends of three kinds, an event's data over
     several lines, comments, other fields. A line `error: …` (llama.cpp) counts as data."""
@@ -26,19 +29,14 @@ class EventReader:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The data of each event that is complete now."""
-        # What engines send is whole events of one line, nearly always.
-        if (
-            not self._held_bytes
-            and data.endswith(b"\n\n")
-            and b"\r" not in data
-            and len(data) <= EVENT_BYTES_MAX
-        ):
-            events = data[:-2].split(b"\n\n")
-            for event in events:
-                if not event.startswith(b"data: ") or b"\n" in event:
-                    break
-            else:
-                return [event[6:] for event in events]
+        # What comes is a whole event of one line nearly always, or some of them.
+        size = len(data)
+        if not self._held_bytes and data.startswith(b"data: ") and size <= EVENT_BYTES_MAX:
+            if data.find(b"\n") == size - 2 and data[-1] == _LF and b"\r" not in data:
+                return [data[6:-2]]
+            events = _whole_events(data)
+            if events is not None:
+                return events
         if b"\n" not in data and b"\r" not in data:
             self._hold(self._pieces, data)
             return []
@@ -77,3 +75,14 @@ class EventReader:
             kept.append(data)
             self._held_bytes += len(data)
             self.too_long = self._held_bytes > EVENT_BYTES_MAX
+
+
+def _whole_events(data: bytes) -> list[bytes] | None:
+    """Each event's data, if that is all there is, a line each."""
+    if b"\r" in data or not data.endswith(b"\n\n"):
+        return None
+    events = data[:-2].split(b"\n\n")
+    for event in events:
+        if not event.startswith(b"data: ") or b"\n" in event:
+            return None
+    return [event[6:] for event in events]

@@ -78,7 +78,7 @@ class StreamedAnswer:
                 raise nonsense(f"an event is longer than {EVENT_BYTES_MAX} bytes")
         except SLLMError as error:
             self.error = error
-        return b"".join(out)
+        return out[0] if len(out) == 1 else b"".join(out)
 
     def end(self) -> bytes:
         """The engine has sent everything: what the client gets at the end."""
