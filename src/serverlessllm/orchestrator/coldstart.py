@@ -181,6 +181,8 @@ class WaitingRoom:
         """By model and `elsewhere`: no room for a second replica says nothing of the first."""
         self._last_loads: dict[ModelId, Loaded] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._began: asyncio.Future[None] | None = None
+        """Done when the next load begins, if somebody asked."""
         self._waiting = 0
         self._closed = False
 
@@ -245,6 +247,16 @@ class WaitingRoom:
         if loading is not None and loading.done.result().agent == agent:
             del self._arriving[model]
 
+    def under_way(self, model: ModelId) -> tuple[LoadEvent | None, asyncio.Future[None]]:
+        """How far the load of `model` is (None: there is none); and what is done at its next
+        progress, or when any load begins. Not to be cancelled."""
+        loading = self._under_way(model, elsewhere=False)
+        if loading is not None:
+            return loading.progress, loading.turn
+        if self._began is None or self._began.done():
+            self._began = asyncio.get_running_loop().create_future()
+        return None, self._began
+
     def last_load(self, model: ModelId) -> Loaded | None:
         """The latest load that ended well."""
         return self._last_loads.get(model)
@@ -289,6 +301,8 @@ class WaitingRoom:
             )
         loading = _Loading(asyncio.get_running_loop(), elsewhere)
         self._loadings[model] = loading
+        if self._began is not None and not self._began.done():
+            self._began.set_result(None)
         task = asyncio.ensure_future(self._own(model, loading))
         loading.task = task
         self._tasks.add(task)

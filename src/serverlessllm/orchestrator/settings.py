@@ -7,7 +7,7 @@ import re
 import msgspec
 
 from serverlessllm.core.ids import Address
-from serverlessllm.core.units import MIB
+from serverlessllm.core.units import KIB, MIB
 
 WORKERS_MAX = 256
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
@@ -112,6 +112,37 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Registered names mentioned to a client that asked for an unknown one."""
     drain_finish_s: float = 120.0
     """After SIGTERM: how long running answers may take to finish."""
+
+    grpc_listen: Address | None = None
+    """Where gRPC is served, with this server's keys and certificate; none: nowhere."""
+    grpc_connections_max: int = 1024
+    """Open gRPC connections; the next one is closed."""
+    grpc_calls_max: int = 2048
+    """Calls at once; the next one is RESOURCE_EXHAUSTED."""
+    grpc_calls_per_connection_max: int = 256
+    """Calls at once on one connection; the client holds back the next one."""
+    grpc_requests_per_stream_max: int = 16
+    """Requests of one `ModelStreamInfer` that run at once; the next one waits in the connection."""
+    grpc_health_watchers_max: int = 256
+    """Calls of `Health.Watch` at once: they are the ones that need no key."""
+    grpc_message_bytes_max: int = 5 * MIB
+    """Of one message from a client: a body (`edge.body_bytes_max`) and what is around it."""
+    grpc_answer_bytes_max: int = 64 * MIB
+    """Of one answer that is not a stream."""
+    grpc_metadata_bytes_max: int = 16 * KIB
+    """Of a call's metadata."""
+    grpc_handshake_s_max: float = 10.0
+    """Until a connection stands."""
+    grpc_idle_s_max: float = 300.0
+    """A connection without calls is closed after this."""
+    grpc_keepalive_s: float = 60.0
+    """A connection on which nothing comes for so long is asked whether it lives."""
+    grpc_keepalive_s_max: float = 20.0
+    """How long that may take; then its calls are cancelled."""
+    grpc_ping_interval_s_min: float = 10.0
+    """A client that asks that more often is disconnected."""
+    grpc_watch_interval_s: float = 0.1
+    """The least time between two statuses to one watcher of a model."""
 
     worker_start_s_max: float = 60.0
     """How long a worker may take to listen before it counts as crashed."""
