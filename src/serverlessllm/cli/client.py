@@ -6,11 +6,13 @@ import difflib
 import http.client
 import json
 import re
+import ssl
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
+import click
 import msgspec
 
 from serverlessllm import __version__
@@ -36,7 +38,8 @@ class _ErrorBody(msgspec.Struct, frozen=True):
 class Client:
     """One server; a connection per call (a verb makes few)."""
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, ca: str | None = None) -> None:
+        """`ca` is a file of certificates to trust; None: the system's."""
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             self._host, self._port = parts.hostname, parts.port
@@ -49,7 +52,7 @@ class Client:
                 exit_status=2,
             )
         self.url = f"{parts.scheme}://{parts.netloc}"
-        self._secure = parts.scheme == "https"
+        self._tls = _tls(ca) if parts.scheme == "https" else None
         self._headers = {"User-Agent": f"sllm/{__version__}", "Accept": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -92,9 +95,7 @@ class Client:
 
     @contextmanager
     def _ask(self, method: str, path: str, body: object) -> Iterator[http.client.HTTPResponse]:
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        assert self._host is not None
-        connection = kind(self._host, self._port, timeout=_CONNECT_TIMEOUT_S)
+        connection = self._connection()
         data = None if body is None else msgspec.json.encode(body)
         headers = self._headers | ({"Content-Type": "application/json"} if data else {})
         try:
@@ -113,9 +114,25 @@ class Client:
         finally:
             connection.close()
 
+    def _connection(self) -> http.client.HTTPConnection:
+        assert self._host is not None
+        where, timeout_s = (self._host, self._port), _CONNECT_TIMEOUT_S
+        if self._tls is None:
+            return http.client.HTTPConnection(*where, timeout=timeout_s)
+        return http.client.HTTPSConnection(*where, timeout=timeout_s, context=self._tls)
+
     def _connect(self, connection: http.client.HTTPConnection) -> None:
         try:
             connection.connect()
+        except ssl.SSLCertVerificationError as error:
+            raise Failure(
+                f"the certificate of {self.url} is not trusted: {error.verify_message}",
+                "name the certificates to trust: `sllm --ca FILE …`, or SLLM_CA",
+            ) from error
+        except ssl.SSLError as error:
+            raise Failure(
+                f"{self.url} does not speak https ({_reason(error)})", "look at --url and SLLM_URL"
+            ) from error
         except OSError as error:
             raise Failure(
                 f"no server answers at {self.url} ({_reason(error)})",
@@ -127,18 +144,35 @@ class Client:
 def connect(url: str | None) -> Client:
     """The server that `--url`, `SLLM_URL` or the settings name."""
     from serverlessllm.config.listen import parse_listen
-    from serverlessllm.config.load import client_api_key, client_url
+    from serverlessllm.config.load import client_api_key, client_ca, client_url
 
+    context = click.get_current_context(silent=True)
+    given = None if context is None else context.find_root().params.get("_ca")
+    ca = client_ca() if given is None else str(given)
     url = url or client_url()
     if url is None:
-        listen = options.settings().settings.orchestrator.listen
-        url = parse_listen(listen, allow_remote=True).replace("//0.0.0.0:", "//127.0.0.1:")
-    return Client(url, client_api_key())
+        ours = options.settings().settings.orchestrator
+        url = parse_listen(ours.listen, allow_remote=True).replace("//0.0.0.0:", "//127.0.0.1:")
+        if ours.tls_certificate is not None:
+            url = url.replace("http://", "https://", 1)
+            ca = ca or ours.tls_certificate
+    return Client(url, client_api_key(), ca)
 
 
 def model_path(prefix: str, model: str) -> str:
     """`/api/models` and a model's name, safe inside a path."""
     return f"{prefix}/{quote(model, safe='/@')}"
+
+
+def _tls(ca: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:  # ssl's own among them
+        raise Failure(
+            f"{ca}: no certificates can be read there ({_reason(error)})",
+            "look at --ca and SLLM_CA",
+            exit_status=2,
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -173,7 +207,11 @@ def cure(code: str | None, message: str, client: Client) -> str:
         case "not_found":
             return f"is {client.url} a ServerlessLLM server? look at --url and SLLM_URL"
         case "invalid_api_key":
-            return "set SLLM_API_KEY"
+            return (
+                "set SLLM_API_KEY; `sllm key create NAME --scope admin` makes a key for these verbs"
+            )
+        case "insufficient_scope":
+            return "set SLLM_API_KEY to a key of that scope: `sllm key create NAME --scope …`"
         case "no_capacity":
             return (
                 "`sllm ps` shows the agents and what runs; `sllm unload MODEL` makes room, "

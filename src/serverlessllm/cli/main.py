@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,6 +59,15 @@ def _options(
             "--version", help="Print the version.", callback=_print_version, is_eager=True
         ),
     ] = False,
+    _ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca",
+            help="Certificates to trust for an https server (PEM). "
+            "[default: SLLM_CA, else the system's]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     pass
 

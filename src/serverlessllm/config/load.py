@@ -20,7 +20,7 @@ from serverlessllm.config.settings import Settings
 FILE_NAME = "serverlessllm.toml"
 DEFAULT = "default"
 COMMAND_LINE = "command line"
-_NOT_SETTINGS = {"SLLM_CONFIG", "SLLM_URL", "SLLM_API_KEY"}
+_NOT_SETTINGS = {"SLLM_CONFIG", "SLLM_URL", "SLLM_API_KEY", "SLLM_CA"}
 
 
 class ConfigError(Exception):
@@ -96,6 +96,11 @@ def client_url(environ: Mapping[str, str] | None = None) -> str | None:
 def client_api_key(environ: Mapping[str, str] | None = None) -> str | None:
     """The key that `SLLM_API_KEY` gives to client verbs."""
     return (os.environ if environ is None else environ).get("SLLM_API_KEY") or None
+
+
+def client_ca(environ: Mapping[str, str] | None = None) -> str | None:
+    """The file of certificates that `SLLM_CA` has client verbs trust for https."""
+    return (os.environ if environ is None else environ).get("SLLM_CA") or None
 
 
 def effective(loaded: Loaded) -> tuple[Row, ...]:
