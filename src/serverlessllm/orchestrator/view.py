@@ -95,11 +95,16 @@ class ClusterView:
     # Written by the feed.
 
     def put_model(self, record: ModelRecord) -> None:
-        if self.models.get(record.spec.model) == record:
+        known = self.models.get(record.spec.model)
+        if known == record:
             return
-        self._forget_names(record.spec.model)
         self.models[record.spec.model] = record
-        self._learn_names(record)
+        if known is None:
+            self._learn_names(record)
+        elif known.spec.aliases != record.spec.aliases:
+            self.names.clear()
+            for each in self.models.values():
+                self._learn_names(each)
         self._touch_model(record.spec.model)
 
     def drop_model(self, model: ModelId) -> None:
@@ -128,7 +133,8 @@ class ClusterView:
     ) -> None:
         """As another process of this machine sees it, with what its requests noted."""
         seen = self.agents.get(record.agent)
-        if seen is None or seen.seen_s != seen_s:
+        news = (record.epoch, revision, seen_s)
+        if seen is None or (seen.record.epoch, seen.revision, seen.seen_s) != news:
             seen = self.agents[record.agent] = AgentSeen(record, revision, seen_s)
         seen.record = record
         seen.models = {on.model: on for on in record.models}

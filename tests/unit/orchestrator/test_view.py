@@ -123,3 +123,14 @@ def test_missing_replicas_are_counted_by_ready_agents(view, make):
     assert missing_replicas(view) == ["m"]
     view.put_agent(make.agent("b", make.on("m")), 1, 0.0)
     assert missing_replicas(view) == []
+
+
+def test_an_alias_that_two_models_have_is_the_older_ones_whenever_it_got_it(make):
+    view = ClusterView()
+    view.put_model(make.model("old"))
+    view.put_model(make.model("new", aliases=("x",)))
+    assert view.names["x"] == "new"
+    view.put_model(make.model("old", aliases=("x",)))
+    assert view.names["x"] == "old"
+    view.put_model(make.model("old"))
+    assert view.names["x"] == "new"

@@ -64,6 +64,9 @@ class Mirror(ClusterView):
         return True
 
     def _put_all(self, snapshot: Snapshot) -> None:
+        # Who has an alias is a matter of order: theirs, not ours.
+        self.models.clear()
+        self.names.clear()
         for record in snapshot.models:
             self.put_model(record)
         for state in snapshot.agents:
@@ -71,12 +74,13 @@ class Mirror(ClusterView):
         for key in snapshot.api_keys:
             self.put_api_key(key)
         self.keep_only(
-            models=[record.spec.model for record in snapshot.models],
+            models=self.models,
             agents=[state.record.agent for state in snapshot.agents],
             jobs=(),
             api_keys=[key.id for key in snapshot.api_keys],
         )
         self._know(snapshot.listed, snapshot.keys_asked)
+        self._touch()
 
     def _put_state(self, state: AgentState) -> None:
         self.mirror_agent(state.record, state.revision, state.seen_s, failed=state.failed)
