@@ -18,8 +18,12 @@ _END = b"[DONE]"
 class InstanceEngine:
     """`backends.dialect.Engine` of one instance, for the time of one client's request."""
 
-    def __init__(self, instance: Instance, upstreams: Upstreams, request_id: str) -> None:
+    def __init__(
+        self, instance: Instance, upstreams: Upstreams, request_id: str, bytes_max: int
+    ) -> None:
+        """`bytes_max`: of an answer that is not streamed."""
         self._instance = instance
+        self._bytes_max = bytes_max
         self._upstreams = upstreams
         self._head = b"content-type: application/json\r\nx-request-id: %b\r\n" % request_id.encode()
 
@@ -31,12 +35,12 @@ class InstanceEngine:
             UpstreamError: it went away.
         """
         async with self._send(path, body) as response:
-            return await response.read()
+            return await response.read(self._bytes_max)
 
     async def get(self, path: str) -> bytes:
         """GET; raises as `ask`."""
         async with self._send(path, b"", "GET") as response:
-            return await response.read()
+            return await response.read(self._bytes_max)
 
     async def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
         """POST; the data of each server-sent event but `[DONE]`; raises as `ask`."""
@@ -51,9 +55,7 @@ class InstanceEngine:
         raise BackendProtocolError("the model's backend ended its stream early")
 
     @contextlib.asynccontextmanager
-    async def _send(
-        self, path: str, body: bytes, method: str = "POST"
-    ) -> AsyncIterator[Response]:
+    async def _send(self, path: str, body: bytes, method: str = "POST") -> AsyncIterator[Response]:
         activity = self._instance.activity
         async with self._upstreams.send(
             self._instance.address, method, path, self._head, body

@@ -18,6 +18,7 @@ from serverlessllm.backends.base import (
     Offer,
     Refusal,
 )
+from serverlessllm.backends.dialect import GENERATION, Ask, Dialect, Operation, decode
 from serverlessllm.backends.options import parse_options
 from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.ids import Address
@@ -100,9 +101,34 @@ class OpenAI:
             idle_connection_s=options.idle_connection_s,
         )
 
+    def dialect(self, spec: ModelSpec) -> Dialect:
+        """`backends.dialect.Speaks`."""
+        return _ForeignDialect(spec.model)
+
     def parse_stats(self, body: bytes) -> BackendStats:
         del body
         return BackendStats()
+
+
+class _ForeignDialect(msgspec.Struct, frozen=True):
+    """Everything is tried: what the server has not, its 404 says. What is not in the API is where
+    vLLM and those who follow it have it."""
+
+    model: str
+    operations: frozenset[Operation] = frozenset(Operation)
+    streams_usage: bool = True
+
+    def translate(self, operation: Operation, body: bytes) -> Ask:
+        if operation in GENERATION:
+            return Ask(operation, body)
+        fields = decode(body, dict[str, msgspec.Raw])
+        fields.pop("keep_alive", None)
+        fields["model"] = msgspec.Raw(msgspec.json.encode(self.model))
+        path = _ELSEWHERE.get(operation, operation)
+        return Ask(path, msgspec.json.encode(fields))
+
+
+_ELSEWHERE = {Operation.TOKENIZE: "/tokenize", Operation.DETOKENIZE: "/detokenize"}
 
 
 def _server_address(url: str) -> Address | Refusal:

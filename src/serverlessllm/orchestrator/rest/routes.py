@@ -25,7 +25,9 @@ from serverlessllm.edge.upstream import UpstreamError, Upstreams
 from serverlessllm.openai.errors import render_error
 from serverlessllm.openai.models import list_body, model_body, model_object
 from serverlessllm.openai.request import parse_chat, parse_completion, parse_embeddings
+from serverlessllm.openai.rerank import parse_rerank
 from serverlessllm.openai.sse import error_event
+from serverlessllm.openai.tokenize import parse_detokenize, parse_tokenize
 from serverlessllm.orchestrator.loads import unknown_model
 from serverlessllm.orchestrator.rest.guard import ANY, Caller, Guard, PasswordWanted, caller_of
 from serverlessllm.orchestrator.rest.idempotency import IDEMPOTENCY_HEADER, Replays
@@ -56,6 +58,9 @@ _PARSERS: dict[str, Parse] = {
     "/v1/chat/completions": parse_chat,
     "/v1/completions": parse_completion,
     "/v1/embeddings": parse_embeddings,
+    "/v1/tokenize": parse_tokenize,
+    "/v1/detokenize": parse_detokenize,
+    "/v1/rerank": parse_rerank,
 }
 HOT_PATHS = frozenset(_PARSERS)
 _HOP_BY_HOP = frozenset(
