@@ -23,7 +23,8 @@ MODELS_MAX = 256
 LIMIT_MAX = 10**12
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._@ -]*[A-Za-z0-9])?")
-_PATTERN = re.compile(r"[A-Za-z0-9._@/*-]{1,256}")
+_PATTERN = re.compile(r"(?:[A-Za-z0-9._@/-]*\*){0,3}[A-Za-z0-9._@/-]*")
+_PATTERN_CHARS_MAX = 256
 
 
 class Scope(StrEnum):
@@ -85,9 +86,10 @@ class NewApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
         if not self.scopes:
             raise InvalidRequest("scopes: at least one", param="scopes")
-        if len(self.models) > MODELS_MAX or not all(map(_PATTERN.fullmatch, self.models)):
+        if len(self.models) > MODELS_MAX or not all(map(_is_pattern, self.models)):
             raise InvalidRequest(
-                f"models: at most {MODELS_MAX} names of models, `*` for any letters",
+                f"models: at most {MODELS_MAX} names of models, up to three `*` in one for any "
+                "letters",
                 param="models",
             )
         if self.expires_s is not None and self.expires_s <= now_s:
@@ -96,6 +98,10 @@ class NewApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             limit = getattr(self, field)
             if limit is not None and not 1 <= limit <= LIMIT_MAX:
                 raise InvalidRequest(f"{field}: from 1 to {LIMIT_MAX}", param=field)
+
+
+def _is_pattern(text: str) -> bool:
+    return 0 < len(text) <= _PATTERN_CHARS_MAX and _PATTERN.fullmatch(text) is not None
 
 
 def digest_of(key: bytes) -> str:

@@ -7,9 +7,10 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from serverlessllm.core.agentapi import (
     MODEL_HEADER,
     REFUSED_HEADER,
     TOKEN_HEADER,
+    USAGE_HEADER,
     HopTiming,
     LoadEvent,
     LoadRequest,
@@ -51,6 +53,13 @@ from serverlessllm.testing.waiting import eventually
 TOKEN = "cluster-token-of-the-test"
 TIER = TierUsage(budget_bytes=1 << 40, used_bytes=0)
 JSON = (("content-type", "application/json"),)
+HEADERS = (
+    *("x-request-id", "server-timing", "openai-processing-ms", "retry-after", "x-should-retry"),
+    *("content-type", "www-authenticate", "idempotency-replayed", "access-control-allow-origin"),
+    *("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests"),
+    *("x-ratelimit-reset-requests", "x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens"),
+    "x-ratelimit-reset-tokens",
+)
 EVENTS = (("content-type", "text/event-stream"),)
 
 
@@ -78,6 +87,8 @@ class ScriptedAgent:
         self.first_gate.set()
         self.die_after_tokens: int | None = None
         self.die_before_head = False
+        self.usage: str | None = None
+        """What its answers say of tokens."""
         self.queue_max: int | None = None
         self.running = 0
         self._registry = registry
@@ -194,9 +205,10 @@ class ScriptedAgent:
         if request.path.endswith("embeddings"):
             request.respond(200, JSON, json.dumps(EMBEDDING).encode())
             return
+        used = () if self.usage is None else ((USAGE_HEADER, self.usage),)
         if not asked.get("stream"):
             request.respond(
-                200, JSON, json.dumps(whole(request.path, "".join(self.tokens))).encode()
+                200, (*JSON, *used), json.dumps(whole(request.path, "".join(self.tokens))).encode()
             )
             return
         request.start(200, EVENTS)
@@ -208,7 +220,7 @@ class ScriptedAgent:
                 return
             await request.write(f"data: {json.dumps(piece(request.path, token))}\n\n".encode())
         await request.write(b"data: [DONE]\n\n")
-        request.finish()
+        request.finish(trailers=used)
 
 
 EMBEDDING = {
@@ -370,10 +382,9 @@ class Cluster:
             text = await response.read(8 << 20)
             found = {
                 name: value
-                for name in ("x-request-id", "server-timing", "openai-processing-ms",
-                             "retry-after", "x-should-retry", "content-type")
+                for name in HEADERS
                 if (value := response.headers.get(name)) is not None
-            }  # fmt: skip
+            }
             return Answer(response.status, found, text)
 
     async def chat(
@@ -382,13 +393,19 @@ class Cluster:
         body = {"model": model, "stream": stream, "messages": [{"role": "user", "content": "hi"}]}
         return await self.ask("/v1/chat/completions", body, headers=headers)
 
-    async def open(self, body: object, path: str = "/v1/chat/completions") -> Client:
+    async def open(
+        self,
+        body: object,
+        path: str = "/v1/chat/completions",
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> Client:
         """A client of our own, that can leave when it likes."""
         host, _, port = self.url.removeprefix("http://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         data = json.dumps(body).encode()
+        more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         writer.write(
-            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{more}"
             f"content-length: {len(data)}\r\n\r\n".replace("host: x", f"host: {host}").encode()
             + data
         )
