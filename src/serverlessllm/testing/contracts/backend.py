@@ -1,7 +1,8 @@
 """What every backend must do; an adapter's own test file only builds the harness.
 
 A real process is started for each test, on a unix socket or a port of this machine, and asked
-over HTTP, as an agent would.
+over HTTP, as an agent would; and through an agent's own code, where the answers must be strictly
+what the API says.
 """
 
 from __future__ import annotations
@@ -16,17 +17,24 @@ from typing import Any, Protocol
 import msgspec
 import pytest
 
+from serverlessllm.agent.instance import Instance
+from serverlessllm.agent.serving import Serving, read_form
+from serverlessllm.agent.settings import AgentSettings
 from serverlessllm.backends.base import Backend, Launch, LaunchPlan, Node, Offer, Refusal
 from serverlessllm.backends.process import BackendProcess
 from serverlessllm.backends.procfs import session_members
 from serverlessllm.backends.settings import BackendSettings
 from serverlessllm.backends.templates import Templates
 from serverlessllm.checkpoint.index import Index
-from serverlessllm.core.clock import SystemClock
-from serverlessllm.core.ids import InstanceId
+from serverlessllm.core.agentapi import USAGE_HEADER
+from serverlessllm.core.clock import Clock, SystemClock
+from serverlessllm.core.ids import Address, InstanceId
 from serverlessllm.core.models import ModelSpec
-from serverlessllm.edge.settings import UpstreamSettings
+from serverlessllm.edge.server import EdgeServer, Request
+from serverlessllm.edge.settings import EdgeSettings, UpstreamSettings
 from serverlessllm.edge.upstream import Upstreams
+from serverlessllm.openai.errors import render_error
+from serverlessllm.testing.strict import check_stream, check_whole
 
 NODE = Node(cpus=1, dram_free_bytes=1 << 32)
 LEAVE_S_MAX = 1.5
@@ -79,9 +87,16 @@ class Running:
     """A started backend, and a client of it."""
 
     def __init__(
-        self, harness: BackendHarness, plan: LaunchPlan, process: BackendProcess, client: Upstreams
+        self,
+        harness: BackendHarness,
+        plan: LaunchPlan,
+        process: BackendProcess,
+        client: Upstreams,
+        served: Address,
     ) -> None:
         self._harness = harness
+        self.served = served
+        """Where an agent's code answers for it."""
         self.plan = plan
         self.process = process
         self.client = client
@@ -101,6 +116,22 @@ class Running:
             assert (response.headers.get("content-type") or "").startswith("text/event-stream")
             lines = [line async for line in response.lines()]
         return [line[6:].decode() for line in lines if line.startswith(b"data: ")]
+
+    async def strict(self, path: str, body: dict[str, object]) -> Any:
+        """What a client of an agent gets, proven to be what the API says: a whole answer, or the
+        chunks of a stream. The counts of tokens are told to the orchestrator, too."""
+        sent = msgspec.json.encode(body)
+        asked = read_form(path, sent)
+        assert asked is not None
+        async with self.client.send(self.served, "POST", path, _JSON, sent) as response:
+            got = await response.read()
+            assert response.status == 200, got
+            told = response.headers.get(USAGE_HEADER) or response.link.trailers.decode()
+        assert [int(count) >= 0 for count in told.split()[-2:]] == [True, True]
+        if not asked.stream:
+            return check_whole(asked, got)
+        events = [event.removeprefix("data: ") for event in got.decode().split("\n\n") if event]
+        return check_stream(asked, events)
 
     async def running(self) -> int:
         """Requests that the engine works on."""
@@ -141,12 +172,39 @@ async def started(
         clock=clock,
         templates=templates,
     )
+    served = _server(harness, plan, client, clock)
     try:
         await process.wait_ready(client)
-        yield Running(harness, plan, process, client)
+        address = Address(f"unix:{directory}/a.sock")
+        await served.start(address)
+        yield Running(harness, plan, process, client, address)
     finally:
+        await served.close()
         await process.stop()
         await client.close()
+
+
+def _server(
+    harness: BackendHarness, plan: LaunchPlan, client: Upstreams, clock: Clock
+) -> EdgeServer:
+    """An agent with nothing but this instance."""
+    instance = Instance(
+        InstanceId("contract"),
+        harness.spec,
+        None,
+        keep_alive_s=0.0,
+        now_s=0.0,
+        not_before_s=0.0,
+        on_change=lambda: None,
+    )
+    instance.backend, instance.plan = harness.backend, plan
+    serving = Serving(client, AgentSettings())
+
+    async def serve(request: Request) -> None:
+        body = await request.body()
+        await serving.serve(request, instance, body, read_form(request.path, body))
+
+    return EdgeServer(serve, EdgeSettings(drain_accept_s=0.0), render_error, clock)
 
 
 def _chat(**fields: object) -> dict[str, object]:
@@ -217,6 +275,36 @@ class BackendContract:
         assert "".join(choice["delta"].get("content") or "" for choice in choices)
         assert choices[-1]["finish_reason"] in {"stop", "length"}
         assert [chunk["usage"] for chunk in chunks if chunk.get("usage")][-1]["total_tokens"] > 1
+
+    @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+    async def test_answers_are_strictly_what_the_api_says(
+        self, backend: Running, harness: BackendHarness, path: str
+    ) -> None:
+        chat = path.startswith("/v1/chat")
+        asked = _chat() if chat else {"model": "alias", "prompt": "one two", "max_tokens": 4}
+        whole = await backend.strict(path, asked)
+        usage = {"stream_options": {"include_usage": True}}
+        chunks = await backend.strict(path, asked | {"stream": True} | usage)
+        assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+        await backend.strict(path, asked | {"stream": True})
+        if not harness.logprobs:
+            return
+        scored = asked | ({"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1})
+        scores = (await backend.strict(path, scored))["choices"][0]["logprobs"]
+        assert scores["content" if chat else "tokens"]
+        chunks = await backend.strict(path, scored | {"stream": True})
+        assert any(chunk["choices"][0]["logprobs"] for chunk in chunks)
+
+    async def test_embeddings_in_either_encoding(
+        self, backend: Running, harness: BackendHarness
+    ) -> None:
+        if harness.embeddings:
+            asked: dict[str, object] = {"model": "alias", "input": ["one two", "three"]}
+            for encoding in ("float", "base64"):
+                answer = await backend.strict(
+                    "/v1/embeddings", asked | {"encoding_format": encoding}
+                )
+                assert len(answer["data"]) == 2
 
     @pytest.mark.parametrize("stream", [True, False])
     async def test_a_client_that_leaves_ends_its_generation(
