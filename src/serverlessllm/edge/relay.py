@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from serverlessllm.edge.errors import UpstreamError
-from serverlessllm.edge.link import BODY, CHUNKED, CLOSE, DONE, Link
+from serverlessllm.edge.link import BODY, CHUNKED, CLOSE, DONE
 from serverlessllm.edge.request import Request
 from serverlessllm.edge.response import Decoder, Response
 from serverlessllm.edge.wire import (
@@ -58,8 +58,8 @@ async def relay(
         UpstreamError: the upstream died before anything of its answer was passed on.
     """
     link = response.link
-    if link.state is DONE and not request.started and request.framed:
-        return _pass_whole(request, link, encode_headers(headers), on_first_byte)
+    if relay_whole(request, response, headers=headers, on_first_byte=on_first_byte):
+        return Relayed(ok=True, body_bytes=link.passed_bytes)
     passing = _Passing(request, response, encode_headers(headers), on_first_byte)
     passing.begin(idle_timeout_s)
     try:
@@ -81,23 +81,33 @@ async def relay(
     return Relayed(ok=False, body_bytes=link.passed_bytes, error=link.error)
 
 
-def _pass_whole(
-    request: Request, link: Link, headers: bytes, on_first_byte: Callable[[], None] | None
-) -> Relayed:
-    """The common short answer: all of it is here, and goes out in one write."""
+def relay_whole(
+    request: Request,
+    response: Response,
+    *,
+    headers: Headers = (),
+    on_first_byte: Callable[[], None] | None = None,
+) -> bool:
+    """Pass on the common short answer: all of it is here, and goes out in one write. False: it is
+    not one of these, and nothing has been done."""
+    link = response.link
+    if link.state is not DONE or request.started or not request.framed:
+        return False
     kept = link.take()
     if on_first_byte is not None and kept:
         on_first_byte()
     if link.framing is CLOSE:
         body = b"".join(kept)
         head = forwarded_head(link.head, keep_framing=False)
-        headers += b"content-length: %d\r\n" % len(body)
+        head += b"content-length: %d\r\n" % len(body)
     else:
         body = kept[0] if len(kept) == 1 else b"".join(kept)
         head = forwarded_head(link.head, keep_framing=True)
-    request.begin(head + headers, b"" if request.method == "HEAD" else body)
+    if headers:
+        head += encode_headers(headers)
+    request.begin(head, b"" if request.method == "HEAD" else body)
     request.finished = True
-    return Relayed(ok=True, body_bytes=link.passed_bytes)
+    return True
 
 
 class _Passing:

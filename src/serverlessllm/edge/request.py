@@ -175,6 +175,11 @@ class Request:
         """Whether the client is still there."""
         return not self.line.lost
 
+    @property
+    def whole(self) -> bytes | None:
+        """The whole body if it is here."""
+        return self._body if self._whole and self._pieces is None else None
+
     async def body(self) -> bytes:
         """The whole body.
 

@@ -48,6 +48,8 @@ def encode_headers(headers: Headers) -> bytes:
     Raises:
         ValueError: a name or value would break out of its line, or is not latin-1.
     """
+    if not headers:
+        return b""
     if isinstance(headers, bytes):
         return headers
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers]).encode("latin-1")

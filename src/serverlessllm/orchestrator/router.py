@@ -134,6 +134,9 @@ class Router:
         if table is None or table.version != self._view.version:
             table = self._build(model)
         rows = table.ready
+        if len(rows) == 1 and not avoid and rows[0].ahead() <= 0:
+            row = rows[0]  # nobody to compare it with, no queue to compare with a load
+            return Lease(row.lane, row.seen, self._first_token_s.get(model, 0.0), idle=True)
         now_s = self._clock.now_s()
         if len(rows) > 1:
             self._turn += 1

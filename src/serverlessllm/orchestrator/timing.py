@@ -21,20 +21,20 @@ NOTHING_LINES = _WARM_LINES % (0, 0.0, 0.0)
 class Timing:
     """What is known of one request's time so far."""
 
-    __slots__ = ("first_byte_s", "inner", "loaded", "model", "place_s", "sent_s", "waited_s")
+    # Defaults live on the class: one is made for every request, and most keep them.
+    place_s = 0.0
+    sent_s = 0.0
+    """When it was sent to the agent that answers it; 0: not yet."""
+    first_byte_s = 0.0
+    """When the first byte of the agent's answer went out."""
+    waited_s = 0.0
+    """In the waiting room."""
+    loaded: Loaded | None = None
+    inner = b""
+    """The lines of the process that answered, when that is another one of this front door."""
 
     def __init__(self, model: ModelId) -> None:
         self.model = model
-        self.place_s = 0.0
-        self.sent_s = 0.0
-        """When it was sent to the agent that answers it; 0: not yet."""
-        self.first_byte_s = 0.0
-        """When the first byte of the agent's answer went out."""
-        self.waited_s = 0.0
-        """In the waiting room."""
-        self.loaded: Loaded | None = None
-        self.inner = b""
-        """The lines of the process that answered, when that is another one of this front door."""
 
 
 def timing_lines(timing: object, arrived_s: float, now_s: float) -> bytes:

@@ -8,6 +8,8 @@ import json
 import time
 
 import msgspec
+from openai.types import Completion
+from openai.types.chat import ChatCompletionChunk
 
 from serverlessllm.core.errors import (
     LoadFailed,
@@ -16,6 +18,8 @@ from serverlessllm.core.errors import (
     UnsupportedCheckpoint,
 )
 from serverlessllm.openai.errors import ErrorBody
+
+ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
 async def test_two_hundred_clients_cause_one_ingest_and_one_load(cluster):
@@ -49,7 +53,9 @@ async def test_a_stream_begins_at_once_and_tells_how_far_the_load_is(cluster):
     c = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
     await c.register("m")
     c.agents[0].load_gate.clear()
-    client = await c.open({"model": "m", "stream": True, "messages": [{"role": "user", "content": "hi"}]})
+    client = await c.open(
+        {"model": "m", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+    )
     head = await client.read_until(b"\r\n\r\n", within_s=1.0)
     assert head.startswith(b"HTTP/1.1 200")
     assert b"text/event-stream" in head
@@ -88,7 +94,7 @@ async def test_after_the_wait_budget_comes_model_loading_and_the_load_goes_on(cl
     assert (answer.status, answer.code) == (503, "model_loading")
     assert 1 <= int(answer.headers["retry-after"]) <= 120
     assert answer.json()["loading"] == {
-        "state": "loading", "stage": "nvme→dram", "bytes": 5, "total": 10, "eta_s": None,
+        "state": "loading", "stage": "nvme→dram", "bytes": 5, "total": 10,
     }  # fmt: skip
     again = await c.chat("m", headers=(("x-sllm-wait", "0.1"),))  # waits for the same load
     assert (again.status, again.code) == (503, "model_loading")
@@ -106,7 +112,52 @@ async def test_fail_fast_answers_at_once_also_a_stream(cluster):
     for stream in (False, True):
         answer = await c.chat("m", stream=stream, headers=(("x-sllm-wait", "0"),))
         assert (answer.status, answer.code) == (503, "model_loading")
-    assert (await c.chat("m", headers=(("x-sllm-wait", "soon"),))).status == 400
+
+
+async def test_a_wish_that_cannot_be_understood_is_refused_whatever_the_model_does(cluster):
+    c = await cluster()
+    await c.warm("m")
+    for header in (("x-sllm-wait", "soon"), ("x-sllm-progress", "loud")):
+        answer = await c.chat("m", headers=(header,))
+        assert answer.status == 400
+        assert answer.json()["error"]["param"].lower() == header[0]
+
+
+async def test_a_client_that_drops_comments_is_told_by_chunks(cluster):
+    c = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
+    await c.register("m", aliases=["short"])
+    c.agents[0].load_gate.clear()
+    for path, body, kind in (
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "hi"}]},
+            ChatCompletionChunk,
+        ),
+        ("completions", {"prompt": "hi"}, Completion),
+    ):
+        client = await c.open(
+            {**body, "model": "short", "stream": True}, f"/v1/{path}", {"x-sllm-progress": "chunk"}
+        )
+        await client.read_until(b"\r\n\r\n")
+        seen = []
+        while not any(chunk["loading"]["total"] for chunk in seen):
+            line = await client.read_until(b"\n\n")
+            assert b"\n: " not in line
+            seen.append(json.loads(line.partition(b"data: ")[2]))
+        (name,) = {chunk["id"] for chunk in seen}
+        assert name.startswith("chatcmpl-req-" if kind is ChatCompletionChunk else "cmpl-req-")
+        for chunk in seen:
+            (choice,) = chunk["choices"]
+            assert choice.get("delta", choice.get("text")) in ({}, "")
+            assert (chunk["model"], choice["finish_reason"]) == ("short", None)
+            kind.construct(**chunk)
+        if kind is ChatCompletionChunk:
+            kind.model_validate(chunk)
+        assert seen[-1]["loading"] == {
+            "state": "loading", "stage": "nvme→dram", "bytes": 5, "total": 10,
+        }  # fmt: skip
+        await client.leave()
+    c.agents[0].load_gate.set()
 
 
 async def test_a_failed_load_tells_every_waiter_the_same_and_is_remembered(cluster):
@@ -161,7 +212,9 @@ async def test_a_load_that_fails_after_comments_ends_in_an_error_event(cluster):
     await c.register("m")
     agent = c.agents[0]
     agent.load_gate.clear()
-    client = await c.open({"model": "m", "stream": True, "messages": [{"role": "user", "content": "hi"}]})
+    client = await c.open(
+        {"model": "m", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+    )
     head = await client.read_until(b"\r\n\r\n")
     await client.read_until(b"\n: ")
     agent.load_error = LoadFailed("the engine said no")

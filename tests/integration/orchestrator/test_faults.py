@@ -11,7 +11,7 @@ import pytest
 
 from serverlessllm.core.errors import TooManyRequests
 from serverlessllm.openai.errors import ErrorBody
-from serverlessllm.orchestrator.rest.inference import _Call
+from serverlessllm.orchestrator.rest.call import Call
 
 ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -173,7 +173,7 @@ async def test_requests_that_lost_their_agent_leave_nothing(cluster):
         c.agents[0]._server.handler = c.agents[0]._handle
     gate.set()
     gc.collect()
-    assert not [each for each in gc.get_objects() if type(each) is _Call]
+    assert not [each for each in gc.get_objects() if type(each) is Call]
 
 
 async def test_a_metadata_store_that_goes_away_stops_changes_only(cluster):

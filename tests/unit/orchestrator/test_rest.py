@@ -15,6 +15,7 @@ from serverlessllm.core.errors import (
 )
 from serverlessllm.core.ids import Address, AgentId, ModelId
 from serverlessllm.core.models import ModelSpec
+from serverlessllm.edge.server import RequestHeaders
 from serverlessllm.orchestrator.coldstart import Loaded
 from serverlessllm.orchestrator.rest.bodies import (
     BODY_BYTES_MAX,
@@ -25,7 +26,12 @@ from serverlessllm.orchestrator.rest.bodies import (
     read_spec,
 )
 from serverlessllm.orchestrator.rest.guard import is_local
-from serverlessllm.orchestrator.rest.loading import StillLoading, wait_budget_s
+from serverlessllm.orchestrator.rest.loading import (
+    NO_WISHES,
+    StillLoading,
+    read_wishes,
+    wait_budget_s,
+)
 from serverlessllm.orchestrator.rest.routes import render
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.timing import Timing, timing_lines
@@ -78,16 +84,33 @@ def test_keep_alive_and_limits():
         model_of("../x", {})
 
 
+def wishes(**headers):
+    fields = {f"x-sllm-{name}".encode(): value.encode() for name, value in headers.items()}
+    return read_wishes(RequestHeaders(fields))
+
+
 def test_the_wait_budget_is_the_clients_within_the_limit():
     settings = OrchestratorSettings(wait_budget_s=60.0, wait_budget_s_max=600.0)
-    assert wait_budget_s(None, settings, stream=False) == 60.0
-    assert wait_budget_s(None, settings, stream=True) == 600.0
-    assert wait_budget_s("0", settings, stream=True) == 0.0
-    assert wait_budget_s("2.5", settings, stream=False) == 2.5
-    assert wait_budget_s("1e9", settings, stream=False) == 600.0
-    for bad in ("", "soon", "-1", "nan"):
-        with pytest.raises(InvalidRequest):
-            wait_budget_s(bad, settings, stream=False)
+    assert wait_budget_s(NO_WISHES, settings, stream=False) == 60.0
+    assert wait_budget_s(NO_WISHES, settings, stream=True) == 600.0
+    assert wait_budget_s(wishes(wait="0"), settings, stream=True) == 0.0
+    assert wait_budget_s(wishes(wait="2.5"), settings, stream=False) == 2.5
+    assert wait_budget_s(wishes(wait="1e9"), settings, stream=False) == 600.0
+
+
+def test_wishes_about_waiting_that_cannot_be_understood_are_named():
+    assert wishes() is NO_WISHES
+    assert wishes(progress="Chunk ").chunks
+    assert not wishes(progress="comment").chunks
+    for name, bad in (
+        *(("wait", text) for text in ("", "soon", "-1", "nan")),
+        *(("progress", text) for text in ("", "chunks", "0", "comment, chunk")),
+    ):
+        with pytest.raises(InvalidRequest) as error:
+            wishes(**{name: bad})
+        header = f"X-SLLM-{name.title()}"
+        assert error.value.param == header
+        assert header in error.value.message
 
 
 def test_still_loading_carries_the_progress_beside_the_error():

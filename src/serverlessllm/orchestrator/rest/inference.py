@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 from serverlessllm.core.agentapi import (
+    ASKED_HEADER,
     KEEP_ALIVE_HEADER,
     MODEL_HEADER,
     REFUSED_HEADER,
@@ -15,8 +16,7 @@ from serverlessllm.core.agentapi import (
 )
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import BackendDied, ModelNotReady, NoCapacity, SLLMError
-from serverlessllm.core.ids import AgentId, ModelId
-from serverlessllm.edge.relay import relay
+from serverlessllm.edge.relay import relay, relay_whole
 from serverlessllm.edge.server import Request
 from serverlessllm.edge.upstream import (
     Response,
@@ -27,16 +27,21 @@ from serverlessllm.edge.upstream import (
 )
 from serverlessllm.openai.request import ParsedRequest, check_content_type
 from serverlessllm.openai.settings import RequestLimits
-from serverlessllm.openai.sse import EVENT_STREAM_HEADERS, comment, error_event
+from serverlessllm.openai.sse import EVENT_STREAM_HEADERS, error_event
 from serverlessllm.orchestrator.agents import refusal
 from serverlessllm.orchestrator.coldstart import Waiter, WaitingRoom
 from serverlessllm.orchestrator.loads import note_schedule_error, on_demand_spec
+from serverlessllm.orchestrator.rest.call import Call
 from serverlessllm.orchestrator.rest.guard import caller_of
-from serverlessllm.orchestrator.rest.loading import StillLoading, wait_budget_s
-from serverlessllm.orchestrator.rest.quota import Admission, tokens_used
+from serverlessllm.orchestrator.rest.loading import (
+    Narrator,
+    StillLoading,
+    read_wishes,
+    wait_budget_s,
+)
+from serverlessllm.orchestrator.rest.quota import tokens_used
 from serverlessllm.orchestrator.router import Lease, Router
 from serverlessllm.orchestrator.settings import OrchestratorSettings
-from serverlessllm.orchestrator.timing import Timing
 from serverlessllm.orchestrator.view import ClusterView, ready_agents
 from serverlessllm.orchestrator.waits import settled
 from serverlessllm.telemetry.table import REQUEST_RETRIES, TOKENS, TTFT_SECONDS
@@ -44,55 +49,9 @@ from serverlessllm.telemetry.table import REQUEST_RETRIES, TOKENS, TTFT_SECONDS
 Parse = Callable[[bytes, RequestLimits], ParsedRequest]
 
 _OK = 200
-WAIT_HEADER = "x-sllm-wait"
-"""Seconds that the client will wait for a cold model; 0: answer at once."""
+_REFUSED = f"\r\n{REFUSED_HEADER}: ".encode()
 _DIED = "the model's server went away during the answer; send the request again"
 _DIED_EVENT = error_event(BackendDied(_DIED))
-
-
-class _Call:
-    """One client request on its way."""
-
-    __slots__ = (
-        "admission", "begun", "body", "error", "gone", "model", "parsed", "refused", "request",
-        "retrying", "status", "timing", "tries", "waits_until_s",
-    )  # fmt: skip
-
-    def __init__(
-        self, request: Request, parsed: ParsedRequest, model: ModelId, body: bytes
-    ) -> None:
-        self.request = request
-        self.parsed = parsed
-        self.model = model
-        self.body = body
-        self.status = 0
-        """Of the agent's answer, once it is being relayed."""
-        self.gone: set[AgentId] | None = None
-        """Agents that did not answer."""
-        self.refused: set[AgentId] | None = None
-        """Agents that are ready and did not take it."""
-        self.error: SLLMError | None = None
-        """Of the last try."""
-        self.timing = Timing(model)
-        request.state = self.timing
-        self.tries = 0
-        self.retrying = False
-        self.waits_until_s = 0.0
-        """The end of what it waits for a load; 0: it has not met one."""
-        self.admission: Admission | None = None
-        """Of its key, if that has limits."""
-        self.begun: asyncio.Future[None] | None = None
-        """While its client is told how far the model's bytes are: done when no more is to be
-        told, for its answer begins."""
-
-    def begin(self) -> None:
-        """Something of its answer is passed on now, or it has ended."""
-        if self.begun is not None and not self.begun.done():
-            self.begun.set_result(None)
-
-    @property
-    def avoid(self) -> Collection[AgentId]:
-        return (self.gone or set()) | (self.refused or set()) if self.error is not None else ()
 
 
 class Inference:
@@ -128,8 +87,12 @@ class Inference:
         Raises:
             SLLMError: nothing was answered, or only comments were (`request.started`).
         """
-        check_content_type(request.headers.get("content-type"))
-        body = await request.body()
+        headers = request.headers
+        check_content_type(headers.get("content-type"))
+        wishes = read_wishes(headers)
+        body = request.whole
+        if body is None:
+            body = await request.body()
         parsed = parse(body, self._limits)
         caller, names = caller_of(request), self._view.names
         model = names.get(parsed.model)
@@ -138,35 +101,38 @@ class Inference:
             names = caller.usable(names) if model is None else names
         if model is None:
             model = on_demand_spec(parsed.model, self._settings, self._view, names).model
-        call = _Call(request, parsed, model, body)
+        call = Call(request, parsed, model, body, wishes)
         if caller is not None and caller.usage is not None:
             call.admission = caller.usage.admit(len(body), parsed.answer_tokens_max)
         try:
-            while not await self._attempt(call):
+            while True:
+                lease = self._lease(call)
+                if await (self._wake(call) if lease is None else self._forward(call, lease)):
+                    return call.status
                 await self._before_retry(call)
         finally:
             self._end_retry(call)
             if call.admission is not None:
                 call.admission.close(answered=call.status == _OK or not request.connected)
-        return call.status
 
-    async def _attempt(self, call: _Call) -> bool:
-        """Ask one agent; whether the client has its answer."""
+    def _lease(self, call: Call) -> Lease | None:
+        """The best ready agent for it, if there is one."""
         chosen_s = self._clock.now_s()
-        waiter = None
         lease = self._router.lease(call.model, call.avoid)
-        if lease is None:
-            lease, waiter = await self._lease_cold(call)
-        else:
+        if lease is not None:
             call.timing.place_s = self._clock.now_s() - chosen_s
             if lease.scale_out:
                 self._room.hold(call.model, elsewhere=True)
-        with lease:
-            if waiter is not None and waiter.incomplete:
-                return await self._forward_early(call, lease, waiter)
-            return await self._forward(call, lease)
+        return lease
 
-    async def _forward_early(self, call: _Call, lease: Lease, waiter: Waiter) -> bool:
+    async def _wake(self, call: Call) -> bool:
+        """No agent is ready: have one load the model, then as `_forward`."""
+        lease, waiter = await self._lease_cold(call)
+        if waiter.incomplete:
+            return await self._forward_early(call, lease, waiter)
+        return await self._forward(call, lease)
+
+    async def _forward_early(self, call: Call, lease: Lease, waiter: Waiter) -> bool:
         """As `_forward`, to an instance that waits for bytes: until its answer begins, the client
         is in the hands of the load."""
         begun = call.begun = asyncio.get_running_loop().create_future()
@@ -186,33 +152,35 @@ class Inference:
             await asyncio.gather(answer, return_exceptions=True)
             call.begun = None
 
-    async def _forward(self, call: _Call, lease: Lease) -> bool:
+    async def _forward(self, call: Call, lease: Lease) -> bool:
+        """Ask one agent; whether the client has its answer."""
         call.timing.sent_s = self._clock.now_s()
         try:
-            async with self._upstreams.send(
-                lease.address, "POST", call.request.path, self._head(call), call.body
-            ) as response:
-                if response.headers.get(REFUSED_HEADER) is not None:
-                    await self._note_refusal(call, lease, response)
-                    return False
-                await self._pass_on(call, lease, response)
-                return True
+            with lease:
+                async with self._upstreams.send(
+                    lease.address, "POST", call.request.path, self._head(call), call.body
+                ) as response:
+                    if _REFUSED in response.link.head:
+                        await self._note_refusal(call, lease, response)
+                        return False
+                    await self._pass_on(call, lease, response)
+                    return True
         except UpstreamBusy as error:
             call.error = error
-            call.refused = {lease.agent, *(call.refused or ())}
+            call.refused |= {lease.agent}
             return False
         except UpstreamError as error:
             return self._lost(call, lease, error)
 
-    def _lost(self, call: _Call, lease: Lease, error: SLLMError) -> bool:
+    def _lost(self, call: Call, lease: Lease, error: SLLMError) -> bool:
         """The agent went away; whether that was in the middle of the client's answer."""
         self._view.failed(lease.agent)
         self._room.not_ready(call.model, lease.agent)
         call.error = error
-        call.gone = {lease.agent, *(call.gone or ())}
+        call.gone |= {lease.agent}
         return call.request.finished
 
-    async def _pass_on(self, call: _Call, lease: Lease, response: Response) -> None:
+    async def _pass_on(self, call: Call, lease: Lease, response: Response) -> None:
         request, timing = call.request, call.timing
         call.status = response.status
         self._end_retry(call)
@@ -229,17 +197,20 @@ class Inference:
             timing.first_byte_s = self._clock.now_s()
             call.begin()
 
+        ok = True
         try:
-            relayed = await relay(
-                request, response, error_event=_DIED_EVENT, on_first_byte=first_byte
-            )
+            if not relay_whole(request, response, on_first_byte=first_byte):
+                relayed = await relay(
+                    request, response, error_event=_DIED_EVENT, on_first_byte=first_byte
+                )
+                ok = relayed.ok
         finally:
             self._note_usage(call, response)
-        if not relayed.ok:
+        if not ok:
             self._view.failed(lease.agent)
         self._note_times(call, lease)
 
-    def _note_usage(self, call: _Call, response: Response) -> None:
+    def _note_usage(self, call: Call, response: Response) -> None:
         """The answer has ended, or broken off: count its tokens."""
         link = response.link
         used = tokens_used(link.head, link.trailers)
@@ -254,7 +225,7 @@ class Inference:
         if call.admission is not None:
             call.admission.settle(prompt + completion)
 
-    def _note_times(self, call: _Call, lease: Lease) -> None:
+    def _note_times(self, call: Call, lease: Lease) -> None:
         timing = call.timing
         if not timing.first_byte_s:
             return
@@ -270,16 +241,16 @@ class Inference:
             if lease.idle:
                 self._router.learn_first_token(call.model, ttft_s)
 
-    async def _note_refusal(self, call: _Call, lease: Lease, response: Response) -> None:
+    async def _note_refusal(self, call: Call, lease: Lease, response: Response) -> None:
         """The agent did nothing: note why, so that the next try goes elsewhere."""
         call.error = await refusal(response)
         if call.error.code == ModelNotReady.code:
             self._view.lost(lease.agent, call.model)
             self._room.not_ready(call.model, lease.agent)
         else:
-            call.refused = {lease.agent, *(call.refused or ())}
+            call.refused |= {lease.agent}
 
-    async def _before_retry(self, call: _Call) -> None:
+    async def _before_retry(self, call: Call) -> None:
         """Return if the request may be tried once more; else raise why the last try failed."""
         error = call.error or NoCapacity()
         call.tries += 1
@@ -296,12 +267,12 @@ class Inference:
         pause_s = random.uniform(0, self._settings.retry_jitter_s)  # noqa: S311 - not a secret
         await self._clock.sleep(pause_s)
 
-    def _end_retry(self, call: _Call) -> None:
+    def _end_retry(self, call: Call) -> None:
         if call.retrying:
             call.retrying = False
             self._retrying -= 1
 
-    async def _lease_cold(self, call: _Call) -> tuple[Lease, Waiter]:
+    async def _lease_cold(self, call: Call) -> tuple[Lease, Waiter]:
         """Wait for a load of the model; a lease on the agent that has it then, and the load, whose
         bytes may still move."""
         began_s = self._clock.now_s()
@@ -319,7 +290,7 @@ class Inference:
             raise NoCapacity(f"the agent that loaded {call.model} has gone", retry_after_s=1.0)
         return lease, waiter
 
-    async def _wait(self, call: _Call, waiter: Waiter, done: asyncio.Future[Any]) -> None:
+    async def _wait(self, call: Call, waiter: Waiter, done: asyncio.Future[Any]) -> None:
         """Until `done`, telling a streaming client how far the load is. What is whole and ready
         is waited for without a budget.
 
@@ -328,8 +299,9 @@ class Inference:
         """
         request, settings, stream = call.request, self._settings, call.parsed.stream
         if not call.waits_until_s:
-            budget_s = wait_budget_s(request.headers.get(WAIT_HEADER), settings, stream)
+            budget_s = wait_budget_s(call.wishes, settings, stream=stream)
             call.waits_until_s = self._clock.now_s() + budget_s
+        narrator = Narrator(call.wishes, request.path, request.id, call.parsed.model)
         pause_s = settings.wait_budget_s_max
         if stream:
             pause_s = settings.comment_interval_s if request.started else settings.stream_grace_s
@@ -343,10 +315,10 @@ class Inference:
             if stream:
                 if not request.started:
                     request.start(_OK, EVENT_STREAM_HEADERS)
-                await request.write(comment(waiter.progress))
+                await request.write(narrator.tell(waiter.progress))
                 pause_s = settings.comment_interval_s
 
-    def _can_scale_out(self, call: _Call) -> bool:
+    def _can_scale_out(self, call: Call) -> bool:
         """Whether an agent that has not refused could load the model too."""
         record = self._view.models.get(call.model)
         if record is None:
@@ -354,12 +326,17 @@ class Inference:
         avoid = {*ready_agents(self._view, call.model), *call.avoid}
         return self._router.place(record, avoid) is not None
 
-    def _head(self, call: _Call) -> bytes:
-        keep_alive_s = call.parsed.keep_alive_s
-        keep_alive = "" if keep_alive_s is None else f"{KEEP_ALIVE_HEADER}: {keep_alive_s}\r\n"
+    def _head(self, call: Call) -> bytes:
+        """The header lines for the agent."""
+        parsed, model = call.parsed, call.model
+        more = b""
+        if parsed.keep_alive_s is not None:
+            more = f"{KEEP_ALIVE_HEADER}: {parsed.keep_alive_s}\r\n".encode()
+        if parsed.model != model:
+            more += f"{ASKED_HEADER}: {parsed.model}\r\n".encode()
         return b"%b%b\r\nx-request-id: %b\r\n%b" % (
             self._fixed_head,
-            call.model.encode(),
-            call.request.id.encode(),
-            keep_alive.encode(),
+            model.encode(),
+            call.request.id_bytes,
+            more,
         )

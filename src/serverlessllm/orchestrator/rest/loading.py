@@ -1,4 +1,4 @@
-"""What a client of a cold model sees until it is ready."""
+"""What a client of a cold model may ask for, and what it sees until the model is ready."""
 
 from __future__ import annotations
 
@@ -7,10 +7,43 @@ import math
 import msgspec
 
 from serverlessllm.core.agentapi import LoadEvent
+from serverlessllm.core.clock import wall_s
 from serverlessllm.core.errors import InvalidRequest, ModelLoading
 from serverlessllm.core.ids import ModelId
+from serverlessllm.edge.server import RequestHeaders
 from serverlessllm.openai.errors import ErrorBody
+from serverlessllm.openai.sse import Progress, comment, progress_chunk, progress_of
 from serverlessllm.orchestrator.settings import OrchestratorSettings
+
+__all__ = [
+    "NO_WISHES",
+    "PROGRESS_HEADER",
+    "WAIT_HEADER",
+    "LoadingBody",
+    "Narrator",
+    "Progress",
+    "StillLoading",
+    "Wishes",
+    "loading_body",
+    "read_wishes",
+    "wait_budget_s",
+]
+
+WAIT_HEADER = "x-sllm-wait"
+"""Seconds that the client will wait for a cold model; 0: answer at once."""
+PROGRESS_HEADER = "x-sllm-progress"
+"""How a stream tells of a load: `comment`, or `chunk` for clients that drop comments."""
+
+
+class Wishes(msgspec.Struct, frozen=True):
+    """What a request's headers say about waiting."""
+
+    wait_s: float | None = None
+    chunks: bool = False
+    """Progress comes as chunks of an answer, not as comments."""
+
+
+NO_WISHES = Wishes()
 
 
 class StillLoading(ModelLoading):
@@ -25,16 +58,6 @@ class StillLoading(ModelLoading):
         self.progress = progress
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """The `loading` object beside the error."""
-
-    state: str
-    stage: str
-    bytes: int
-    total: int | None
-    eta_s: float | None
-
-
 class LoadingBody(ErrorBody, frozen=True):
     """An error's body, and how far the load is."""
 
@@ -43,30 +66,61 @@ class LoadingBody(ErrorBody, frozen=True):
 
 def loading_body(error: StillLoading, body: bytes) -> bytes:
     """`body` (the error's) with the `loading` object added."""
-    event = error.progress
-    progress = Progress(
-        state=event.state,
-        stage=event.stage,
-        bytes=event.bytes_done,
-        total=event.bytes_total,
-        eta_s=event.eta_s,
-    )
     fields = msgspec.json.decode(body, type=ErrorBody).error
-    return msgspec.json.encode(LoadingBody(fields, progress))
+    return msgspec.json.encode(LoadingBody(fields, progress_of(error.progress)))
 
 
-def wait_budget_s(header: str | None, settings: OrchestratorSettings, stream: bool) -> float:
-    """How long a request may be held: what its header says, within the limit.
+def read_wishes(headers: RequestHeaders) -> Wishes:
+    """What the client says about waiting.
 
     Raises:
-        InvalidRequest: the header is not a number of seconds.
+        InvalidRequest: a header has no value that can be understood; `param` names it.
     """
-    if header is None:
+    wait, progress = headers.get(WAIT_HEADER), headers.get(PROGRESS_HEADER)
+    if wait is None and progress is None:
+        return NO_WISHES
+    kind = "comment" if progress is None else progress.strip().lower()
+    if kind not in {"comment", "chunk"}:
+        raise InvalidRequest("X-SLLM-Progress: write comment or chunk", param="X-SLLM-Progress")
+    return Wishes(None if wait is None else _seconds(wait), kind == "chunk")
+
+
+def wait_budget_s(wishes: Wishes, settings: OrchestratorSettings, *, stream: bool) -> float:
+    """How long a request may be held: what its client says, within the limit."""
+    if wishes.wait_s is None:
         return settings.wait_budget_s_max if stream else settings.wait_budget_s
+    return min(wishes.wait_s, settings.wait_budget_s_max)
+
+
+class Narrator:
+    """Tells one stream how far the load of its model is, in the client's own way."""
+
+    __slots__ = ("_chat", "_created_s", "_model", "_name", "_wishes")
+
+    def __init__(self, wishes: Wishes, path: str, name: str, model: str) -> None:
+        """`name` is the answer's, `model` what the client calls its model."""
+        self._wishes = wishes
+        self._chat = path.endswith("/chat/completions")
+        self._name = name
+        self._model = model
+        self._created_s = wall_s()
+
+    def tell(self, event: LoadEvent) -> bytes:
+        """The bytes to send."""
+        if not self._wishes.chunks:
+            return comment(event)
+        return progress_chunk(
+            event, chat=self._chat, name=self._name, created_s=self._created_s, model=self._model
+        )
+
+
+def _seconds(text: str) -> float:
     try:
-        wanted_s = float(header)
+        seconds = float(text)
     except ValueError:
-        wanted_s = math.nan
-    if not wanted_s >= 0:
-        raise InvalidRequest("X-SLLM-Wait: write a number of seconds, 0 or more")
-    return min(wanted_s, settings.wait_budget_s_max)
+        seconds = math.nan
+    if not seconds >= 0:
+        raise InvalidRequest(
+            "X-SLLM-Wait: write a number of seconds, 0 or more", param="X-SLLM-Wait"
+        )
+    return seconds

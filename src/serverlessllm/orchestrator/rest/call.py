@@ -1,0 +1,58 @@
+"""What is known of one client request on its way through the hot path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+from serverlessllm.core.errors import SLLMError
+from serverlessllm.core.ids import AgentId, ModelId
+from serverlessllm.edge.server import Request
+from serverlessllm.openai.request import ParsedRequest
+from serverlessllm.orchestrator.rest.loading import Wishes
+from serverlessllm.orchestrator.rest.quota import Admission
+from serverlessllm.orchestrator.timing import Timing
+
+
+class Call:
+    """One request from its parsing to its end."""
+
+    # Defaults live on the class: a call is made for every request, and most keep them.
+    status = 0
+    """Of the agent's answer, once it is being relayed."""
+    gone: frozenset[AgentId] = frozenset()
+    """Agents that did not answer."""
+    refused: frozenset[AgentId] = frozenset()
+    """Agents that are ready and did not take it."""
+    error: SLLMError | None = None
+    """Of the last try."""
+    tries = 0
+    retrying = False
+    waits_until_s = 0.0
+    """The end of what it waits for a load; 0: it has not met one."""
+    admission: Admission | None = None
+    """Of its key, if that has limits."""
+    begun: asyncio.Future[None] | None = None
+    """While its client is told how far the model's bytes are: done when no more is to be told, for
+    its answer begins."""
+
+    def __init__(
+        self, request: Request, parsed: ParsedRequest, model: ModelId, body: bytes, wishes: Wishes
+    ) -> None:
+        self.request = request
+        self.parsed = parsed
+        self.model = model
+        self.body = body
+        self.wishes = wishes
+        self.timing = Timing(model)
+        request.state = self.timing
+
+    def begin(self) -> None:
+        """Something of its answer is passed on now, or it has ended."""
+        if self.begun is not None and not self.begun.done():
+            self.begun.set_result(None)
+
+    @property
+    def avoid(self) -> Collection[AgentId]:
+        """Agents that need not be asked again."""
+        return self.gone | self.refused if self.error is not None else ()
