@@ -221,6 +221,8 @@ class Orchestrator:
         certificate, key = self._settings.tls_certificate, self._settings.tls_key
         if self._tls is not None and certificate is not None and key is not None:
             load_certificate(self._tls, certificate, key)
+            if self._workers is not None:
+                self._workers.renew_certificate()
 
     async def drain(self) -> None:
         """What SIGTERM asks: not ready, take requests a while longer, finish the running ones."""

@@ -137,6 +137,10 @@ class AskFigures(Message, frozen=True, kw_only=True):
     """Answered by `FiguresAre`."""
 
 
+class RenewCertificate(Message, frozen=True, kw_only=True):
+    """The files of the certificate have changed, and are good."""
+
+
 class Drain(Message, frozen=True, kw_only=True):
     """As SIGTERM to the worker, but for its farewell: nobody takes its place."""
 
@@ -230,6 +234,7 @@ ToWorker = (
     | LoadReady
     | LoadFailed
     | AskFigures
+    | RenewCertificate
     | Drain
 )
 FromWorker = (

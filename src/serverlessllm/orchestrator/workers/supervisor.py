@@ -24,7 +24,13 @@ from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.view import ClusterView
 from serverlessllm.orchestrator.waits import settled
 from serverlessllm.orchestrator.workers.hearing import Hearing
-from serverlessllm.orchestrator.workers.messages import FromWorker, KeysSpent, Start, frame
+from serverlessllm.orchestrator.workers.messages import (
+    FromWorker,
+    KeysSpent,
+    RenewCertificate,
+    Start,
+    frame,
+)
 from serverlessllm.orchestrator.workers.ports import Port, reserve
 from serverlessllm.orchestrator.workers.process import WorkerProcess
 from serverlessllm.orchestrator.workers.publisher import Publisher
@@ -131,6 +137,11 @@ class Workers:
     def waiting_for(self) -> dict[ModelId, int]:
         """Requests that wait in this process, by model."""
         return self._hearing.waiting_for()
+
+    def renew_certificate(self) -> None:
+        """Have every worker read the certificate's files again."""
+        for process in self._processes:
+            process.tell(RenewCertificate())
 
     async def metrics(self) -> bytes:
         """Of this process and all workers, those that have ended included: what was counted never

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 
 import msgspec
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.edge.server import EdgeServer, Request
-from serverlessllm.edge.tls import server_tls
+from serverlessllm.edge.tls import load_certificate, server_tls
 from serverlessllm.edge.upstream import Upstreams
 from serverlessllm.orchestrator.gauges import RequestGauges
 from serverlessllm.orchestrator.rest.guard import Guard
@@ -27,6 +28,7 @@ from serverlessllm.orchestrator.workers.messages import (
     FiguresAre,
     FromWorker,
     KeysSpent,
+    RenewCertificate,
     Start,
     ToWorker,
 )
@@ -92,6 +94,7 @@ class Worker:
             self._handle, start.edge, render, clock, self._routes.answer_headers, stepped=True
         )
         self._gauges = RequestGauges()
+        self._tls: ssl.SSLContext | None = None
         self._background: list[asyncio.Task[None]] = []
         self._collecting: asyncio.Task[None] | None = None
 
@@ -101,6 +104,8 @@ class Worker:
             return
         if isinstance(message, KeysSpent):
             note_spent(self._quotas, self._view, message)
+        elif isinstance(message, RenewCertificate):
+            self._renew_certificate()
         elif isinstance(message, AskFigures) and self._collecting is None:
             self._collecting = asyncio.create_task(self._answer_figures(), name="figures")
 
@@ -114,9 +119,10 @@ class Worker:
         self._run("alive", self._stay_alive)
         self._run("sharing", self._share)
         settings = self._start.settings
-        tls = server_tls(settings.tls_certificate, settings.tls_key)
+        self._tls = server_tls(settings.tls_certificate, settings.tls_key)
         for descriptor in self._start.listeners:
-            await self._edge.start(self._start.listen, socket.socket(fileno=descriptor), tls)
+            bound = socket.socket(fileno=descriptor)
+            await self._edge.start(self._start.listen, bound, self._tls)
 
     async def drain(self) -> None:
         """Take requests a while longer, finish the running ones, tell the last figures."""
@@ -143,6 +149,15 @@ class Worker:
         else:
             self._guard.check(request, None)
             await self._passing.serve(request)
+
+    def _renew_certificate(self) -> None:
+        settings = self._start.settings
+        if self._tls is None or settings.tls_certificate is None or settings.tls_key is None:
+            return
+        try:
+            load_certificate(self._tls, settings.tls_certificate, settings.tls_key)
+        except ValueError as error:
+            _log.error("the old certificate stays", reason=str(error))
 
     def _run(self, name: str, main: Callable[[], Awaitable[None]]) -> None:
         kept = keep_running(name, main, out=_log, clock=self._clock, restart_s=_RESTART_S)
