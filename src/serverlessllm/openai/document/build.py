@@ -15,6 +15,7 @@ from serverlessllm.openai.settings import RequestLimits
 
 _Json: TypeAlias = dict[str, Any]
 _KEY = "key"
+_HEADER_KEY = "header_key"
 _RETRY = frozenset({429, 503})
 _MEANINGS = {
     400: "The request is not what it must be; `param` names the field.",
@@ -75,6 +76,7 @@ def build_document(
         asked=[o.body for o in operations if o.body is not None]
         + [parameter.type for o in operations for parameter in o.parameters],
         answered=[error]
+        + [o.error for o in operations if o.error is not None]
         + [answer.type for o in operations for answer in o.answers if answer.type is not None],
         limits=limits,
     )
@@ -92,7 +94,7 @@ def build_document(
                 "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             },
             "servers": [{"url": "/"}],
-            "security": [{_KEY: []}],
+            "security": [{_KEY: []}, {_HEADER_KEY: []}],
             "tags": [{"name": name, "description": text} for name, text in tags.items()],
             "paths": paths,
             "components": {
@@ -104,7 +106,13 @@ def build_document(
                         "type": "http",
                         "scheme": "bearer",
                         "description": "An API key of `sllm key create`, if this server has any.",
-                    }
+                    },
+                    _HEADER_KEY: {
+                        "type": "apiKey",
+                        "in": "header",
+                        "name": "x-api-key",
+                        "description": "The same where clients of other APIs send it.",
+                    },
                 },
             },
         }
@@ -116,18 +124,17 @@ def _operation(operation: Operation, components: Components) -> _Json:
         "operationId": _name(operation),
         "tags": [operation.tag],
         "summary": operation.summary,
-        "responses": _answers(operation.answers, components)
-        | {str(s): {"$ref": f"#/components/responses/{s}"} for s in operation.errors},
+        "responses": _answers(operation.answers, components) | _errors(operation, components),
     }
     if operation.description:
         said["description"] = operation.description
     if operation.parameters:
         said["parameters"] = [_parameter(one, components) for one in operation.parameters]
     if operation.body is not None:
-        said["requestBody"] = {
-            "required": True,
-            "content": {JSON: {"schema": components.schema(operation.body)}},
-        }
+        content: _Json = {"schema": components.schema(operation.body)}
+        if operation.example:
+            content["example"] = msgspec.json.decode(operation.example)
+        said["requestBody"] = {"required": True, "content": {JSON: content}}
     if operation.open:
         said["security"] = []
     return said
@@ -164,6 +171,13 @@ def _content(answer: Answer, components: Components) -> _Json:
 def _headers(status: int) -> _Json:
     names = [name for name in _HEADERS if name != "retry-after" or status in _RETRY]
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _errors(operation: Operation, components: Components) -> _Json:
+    if operation.error is None:
+        return {str(s): {"$ref": f"#/components/responses/{s}"} for s in operation.errors}
+    body = components.schema(operation.error)
+    return {str(s): _error(s, body) for s in operation.errors}
 
 
 def _error(status: int, body: _Json) -> _Json:

@@ -44,9 +44,13 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     description: str = ""
     body: Any = None
     """Type of the request's body; None: it has none."""
+    example: str = ""
+    """A body as JSON, short enough to be tried at once."""
     answers: tuple[Answer, ...]
     parameters: tuple[Parameter, ...] = ()
     errors: tuple[int, ...]
     """Statuses of the errors that it can answer."""
+    error: Any = None
+    """Type of an error's body; None: as everywhere."""
     open: bool = False
     """Whether it needs no API key."""

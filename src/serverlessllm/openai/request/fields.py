@@ -19,6 +19,7 @@ from serverlessllm.openai.request.errors import (
     ObjectTooLarge,
     TextTooLong,
 )
+from serverlessllm.openai.request.patterns import DURATION, MODEL, WHOLE_NUMBER
 from serverlessllm.openai.settings import RequestLimits
 
 Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=2)]
@@ -31,6 +32,14 @@ TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 Stop: TypeAlias = Annotated[str, Meta(min_length=1)]
 Identifier: TypeAlias = Annotated[str, Meta(max_length=512)]
+ModelName: TypeAlias = Annotated[str, Meta(extra_json_schema={"pattern": MODEL})]
+KeepAlive: TypeAlias = (
+    Annotated[str, Meta(max_length=64, extra_json_schema={"pattern": DURATION})]
+    | Annotated[float, Meta(extra_json_schema={"anyOf": [{"minimum": 0}, {"const": -1}]})]
+)
+Biases: TypeAlias = Annotated[
+    dict[TokenId, Bias], Meta(extra_json_schema={"propertyNames": {"pattern": WHOLE_NUMBER}})
+]
 
 
 class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,10 +65,10 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
 class RequestFields(msgspec.Struct, frozen=True, kw_only=True):
     """What every request may say; fields that are not named here pass through to the backend."""
 
-    model: str
+    model: ModelName
     """A registered model's name or alias, or one that can be ingested on demand:
     `[org/]name[@revision]`."""
-    keep_alive: str | float | int | None = None
+    keep_alive: KeepAlive | None = None
     """How long the model stays ready after this request: seconds, a duration such as `5m`, 0 to
     unload at once, -1 for ever. Null: as the model's owner set it."""
     user: Identifier | None = None
@@ -85,7 +94,7 @@ class SampledFields(RequestFields, frozen=True, kw_only=True):
     """Above 0: tokens that occurred at all become less likely."""
     frequency_penalty: Penalty | None = None
     """Above 0: tokens become less likely the more often they occurred."""
-    logit_bias: dict[TokenId, Bias] | None = None
+    logit_bias: Biases | None = None
     """Added to the logits of these token ids before sampling."""
     seed: Int64 | None = None
     """Equal requests with equal seeds give equal answers, as far as the backend can."""

@@ -8,6 +8,7 @@ from serverlessllm import __version__
 from serverlessllm.openai.document import build_document
 from serverlessllm.openai.errors import ErrorBody
 from serverlessllm.openai.settings import RequestLimits
+from serverlessllm.orchestrator.rest.documents.dialects import MESSAGES, RESPONSES
 from serverlessllm.orchestrator.rest.documents.inference import INFERENCE
 from serverlessllm.orchestrator.rest.documents.management import MANAGEMENT
 from serverlessllm.orchestrator.rest.documents.server import SERVER
@@ -15,11 +16,13 @@ from serverlessllm.orchestrator.rest.loading import Progress
 
 _TAGS = {
     "Inference": "What models do.",
+    "Responses": "What models do, as OpenAI's newer API asks for it.",
+    "Messages": "What models do, as Anthropic's API asks for it.",
     "Models": "Which models there are.",
     "Management": "What an operator does: needs a key of the scope `admin`.",
     "Server": "How this process is.",
 }
-_OPERATIONS = (*INFERENCE, *MANAGEMENT, *SERVER)
+_OPERATIONS = (*INFERENCE, *RESPONSES, *MESSAGES, *MANAGEMENT, *SERVER)
 
 
 class AnyError(ErrorBody, frozen=True):

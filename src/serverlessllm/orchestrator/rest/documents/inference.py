@@ -17,23 +17,32 @@ from serverlessllm.openai.document.answers import (
 )
 from serverlessllm.openai.document.operation import EVENTS
 from serverlessllm.openai.request import ChatRequest, CompletionRequest, EmbeddingsRequest
+from serverlessllm.openai.rerank import Reranked, RerankRequest
+from serverlessllm.openai.tokenize import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+)
 
 _INFERENCE = "Inference"
 _MODELS = "Models"
-_ASKED = (400, 401, 403, 404, 405, 408, 409, 413, 415, 429, 502, 503, 504, 507)
-_WAIT = Parameter(
+ASKED = (400, 401, 403, 404, 405, 408, 409, 413, 415, 429, 502, 503, 504, 507)
+WAIT = Parameter(
     name="x-sllm-wait",
     where="header",
     type=Annotated[float, Meta(ge=0)],
     description="Seconds to wait for a model that is not ready; 0: answer 503 at once.",
 )
-_AGAIN = Parameter(
+AGAIN = Parameter(
     name="idempotency-key",
     where="header",
     type=Annotated[str, Meta(min_length=1, max_length=255, pattern="^[!-~]+$")],
     description="Name of this request: sent again with the same body, it gets the same answer.",
 )
 _EVENTS = "With `stream`: server-sent events, the last of them `[DONE]`."
+
+_CHAT = '{"model":"org/name","messages":[{"role":"user","content":"What is 2+2?"}],"max_tokens":64}'
 
 INFERENCE = (
     Operation(
@@ -42,12 +51,13 @@ INFERENCE = (
         tag=_INFERENCE,
         summary="Continue a conversation",
         body=ChatRequest,
+        example=_CHAT,
         answers=(
             Answer(description="The answer.", type=ChatCompletion),
             Answer(description=_EVENTS, type=ChatCompletionChunk, content_type=EVENTS),
         ),
-        parameters=(_WAIT, _AGAIN),
-        errors=_ASKED,
+        parameters=(WAIT, AGAIN),
+        errors=ASKED,
     ),
     Operation(
         path="/v1/completions",
@@ -55,12 +65,13 @@ INFERENCE = (
         tag=_INFERENCE,
         summary="Continue a text",
         body=CompletionRequest,
+        example='{"model":"org/name","prompt":"Once upon a time","max_tokens":64}',
         answers=(
             Answer(description="The answer.", type=Completion),
             Answer(description=_EVENTS, type=Completion, content_type=EVENTS),
         ),
-        parameters=(_WAIT, _AGAIN),
-        errors=_ASKED,
+        parameters=(WAIT, AGAIN),
+        errors=ASKED,
     ),
     Operation(
         path="/v1/embeddings",
@@ -68,9 +79,43 @@ INFERENCE = (
         tag=_INFERENCE,
         summary="Turn texts into vectors",
         body=EmbeddingsRequest,
+        example='{"model":"org/name","input":["one","two"]}',
         answers=(Answer(description="The vectors.", type=EmbeddingList),),
-        parameters=(_WAIT, _AGAIN),
-        errors=_ASKED,
+        parameters=(WAIT, AGAIN),
+        errors=ASKED,
+    ),
+    Operation(
+        path="/v1/tokenize",
+        method="post",
+        tag=_INFERENCE,
+        summary="Turn a text or a chat into tokens",
+        body=TokenizeRequest,
+        example='{"model":"org/name","prompt":"one two"}',
+        answers=(Answer(description="The tokens.", type=Tokenized),),
+        parameters=(WAIT, AGAIN),
+        errors=ASKED,
+    ),
+    Operation(
+        path="/v1/detokenize",
+        method="post",
+        tag=_INFERENCE,
+        summary="Turn tokens into a text",
+        body=DetokenizeRequest,
+        example='{"model":"org/name","tokens":[1,2]}',
+        answers=(Answer(description="The text.", type=Detokenized),),
+        parameters=(WAIT, AGAIN),
+        errors=ASKED,
+    ),
+    Operation(
+        path="/v1/rerank",
+        method="post",
+        tag=_INFERENCE,
+        summary="Put documents in order",
+        body=RerankRequest,
+        example='{"model":"org/name","query":"a fruit","documents":["a car","a pear"]}',
+        answers=(Answer(description="The documents, the best first.", type=Reranked),),
+        parameters=(WAIT, AGAIN),
+        errors=ASKED,
     ),
     Operation(
         path="/v1/models",
