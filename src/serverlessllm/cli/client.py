@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
-import click
 import msgspec
 
 from serverlessllm import __version__
@@ -146,8 +145,7 @@ def connect(url: str | None) -> Client:
     from serverlessllm.config.listen import parse_listen
     from serverlessllm.config.load import client_api_key, client_ca, client_url
 
-    context = click.get_current_context(silent=True)
-    given = None if context is None else context.find_root().params.get("_ca")
+    given = options.CA_FILE.get()
     ca = client_ca() if given is None else str(given)
     url = url or client_url()
     if url is None:

@@ -21,6 +21,7 @@ from serverlessllm.cli import (
     key,
     load,
     ls,
+    options,
     orchestrator,
     ps,
     pull,
@@ -59,7 +60,7 @@ def _options(
             "--version", help="Print the version.", callback=_print_version, is_eager=True
         ),
     ] = False,
-    _ca: Annotated[
+    ca: Annotated[
         Path | None,
         typer.Option(
             "--ca",
@@ -69,7 +70,7 @@ def _options(
         ),
     ] = None,
 ) -> None:
-    pass
+    options.CA_FILE.set(ca)
 
 
 app.command("serve")(serve.serve)

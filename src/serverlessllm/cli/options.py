@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,6 +55,14 @@ Workers = Annotated[
         show_default=False,
     ),
 ]
+Grpc = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Serve gRPC there too, such as 127.0.0.1:8001.",
+        show_default=False,
+    ),
+]
 AllowRemote = Annotated[
     bool | None,
     typer.Option(
@@ -72,6 +81,10 @@ Url = Annotated[
     ),
 ]
 Model = Annotated[str, typer.Argument(help="A model's name, as `sllm ls` shows it, or an alias.")]
+
+
+CA_FILE: ContextVar[Path | None] = ContextVar("ca", default=None)
+"""What `--ca` says, which stands before the verb and so is none of its parameters."""
 
 
 def settings(
