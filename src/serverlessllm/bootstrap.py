@@ -142,7 +142,11 @@ def build_orchestrator(parts: Parts, ingestion: Ingestion) -> Orchestrator:
     """The front door, not yet started."""
     settings = parts.loaded.settings
     return Orchestrator(
-        msgspec.structs.replace(settings.orchestrator, listen=_listen(parts.loaded)),
+        msgspec.structs.replace(
+            settings.orchestrator,
+            listen=_listen(parts.loaded),
+            grpc_listen=_grpc_listen(parts.loaded),
+        ),
         registry=parts.registry,
         ingestion=ingestion,
         store=parts.store,
@@ -203,6 +207,7 @@ def check(loaded: Loaded) -> None:
         ValueError, SLLMError: what `serve` would refuse.
     """
     _listen(loaded)
+    _grpc_listen(loaded)
     _agent_listen(loaded)
     agent_id(loaded.settings.agent.id)
     open_metadata(_metadata_url(loaded), loaded.settings.metadata, SystemClock())
@@ -356,12 +361,22 @@ async def _until(stop: Stop, address: Address, on_ready: OnReady) -> None:
 
 def _listen(loaded: Loaded) -> Address:
     """Where clients are served; refused, if it can be, before anything is started."""
+    return _for_clients(loaded, loaded.settings.orchestrator.listen)
+
+
+def _grpc_listen(loaded: Loaded) -> Address | None:
+    """None: gRPC is not served."""
+    listen = loaded.settings.orchestrator.grpc_listen
+    return None if listen is None else _for_clients(loaded, listen)
+
+
+def _for_clients(loaded: Loaded, listen: str) -> Address:
     settings = loaded.settings.orchestrator
     asks = settings.require_key
     if asks is None:
         # Whether there is a key in the metadata store, the orchestrator will see.
         asks = bool(settings.api_key_sha256 or _has_metadata(loaded))
-    return parse_listen(settings.listen, allow_remote=asks or settings.allow_public_without_key)
+    return parse_listen(listen, allow_remote=asks or settings.allow_public_without_key)
 
 
 def _agent_listen(loaded: Loaded) -> Address | None:

@@ -25,6 +25,7 @@ def front_door(find_main: Callable[[], Main], text: str) -> Callable[..., None]:
         host: options.Host = None,
         port: options.Port = None,
         workers: options.Workers = None,
+        grpc: options.Grpc = None,
         data_dir: options.DataDir = None,
         config: options.Config = None,
         overrides: options.Set = None,
@@ -33,6 +34,7 @@ def front_door(find_main: Callable[[], Main], text: str) -> Callable[..., None]:
         chosen: dict[str, object] = {
             "orchestrator__allow_public_without_key": allow_remote or None,
             "orchestrator__workers": workers,
+            "orchestrator__grpc_listen": grpc,
         }
         loaded = _settings(host, port, data_dir, config, overrides, chosen)
         run(loaded, find_main(), free_port="--port 0")

@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -47,6 +48,9 @@ from serverlessllm.telemetry.logs import log
 from serverlessllm.telemetry.metrics import render_metrics
 from serverlessllm.telemetry.settings import TelemetrySettings
 from serverlessllm.telemetry.table import AGENTS
+
+if TYPE_CHECKING:
+    from serverlessllm.orchestrator.grpc.server import GrpcServer
 
 _log = log("orchestrator")
 _RESTART_S = 1.0
@@ -160,6 +164,10 @@ class Orchestrator:
             self._edge_settings = msgspec.structs.replace(self._edge_settings, drain_accept_s=0.0)
         self._tls: ssl.SSLContext | None = None
         self._edge: EdgeServer | None = None
+        self._grpc: GrpcServer | None = None
+        self._grpc_edge_settings = edge or EdgeSettings()
+        self.grpc_address: Address | None = None
+        """Where gRPC is served, port 0 resolved; None: nowhere."""
         self._routes: Routes | None = None
         self._background: list[asyncio.Task[None]] = []
         self._draining = False
@@ -208,9 +216,29 @@ class Orchestrator:
             stepped=True,
         )
         await self._edge.start(self._front.address)
+        await self._start_grpc()
         if self._workers is not None:
             return await self._workers.start(listen)
         return await self._edge.start(listen, tls=self._tls)
+
+    async def _start_grpc(self) -> None:
+        if self._settings.grpc_listen is None:
+            return
+        # Imported only here: it takes a tenth of a second and 33 MB.
+        from serverlessllm.orchestrator.grpc.server import GrpcServer
+
+        self._check_public(self._settings.grpc_listen)
+        self._grpc = GrpcServer(
+            self._settings,
+            front=self._front,
+            view=self.view,
+            room=self._room,
+            edge=self._grpc_edge_settings,
+            not_ready=self._not_ready,
+            clock=self._clock,
+        )
+        self.grpc_address = await self._grpc.start(self._settings.grpc_listen)
+        _log.info("serving gRPC", address=self.grpc_address)
 
     def reload_certificate(self) -> None:
         """Show new connections what the certificate's files hold now.
@@ -223,18 +251,32 @@ class Orchestrator:
             load_certificate(self._tls, certificate, key)
             if self._workers is not None:
                 self._workers.renew_certificate()
+            if self._grpc is not None:
+                self._grpc.reload_certificate()
 
     async def drain(self) -> None:
         """What SIGTERM asks: not ready, take requests a while longer, finish the running ones."""
         self._draining = True
+        await asyncio.gather(self._drain_http(), self._drain_grpc())
+        await self.close()
+
+    async def _drain_http(self) -> None:
         if self._workers is not None:
             await self._workers.drain()
         if self._edge is not None:
             await self._edge.drain(self._settings.drain_finish_s)
-        await self.close()
+
+    async def _drain_grpc(self) -> None:
+        if self._grpc is not None:
+            # The edge's goodbyes are to arrive.
+            edge = self._grpc_edge_settings
+            await self._grpc.drain(self._settings.drain_finish_s + edge.drain_cut_s)
 
     async def close(self) -> None:
         """Stop at once; also ends what `drain` left. Idempotent."""
+        if self._grpc is not None:
+            await self._grpc.close()
+            self._grpc = None
         if self._workers is not None:
             await self._workers.close()
         if self._edge is not None:

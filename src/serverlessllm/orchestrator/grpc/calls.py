@@ -1,0 +1,197 @@
+"""One call: its metadata, its messages, what its client's slowness may cost, and how it ends.
+
+On the wire a call with one message in a direction is a stream of one. All methods are served as
+streams, so that one boundary reads, bounds and ends them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.errors import InvalidRequest, RequestTimeout, SLLMError
+from serverlessllm.edge.limits import Sweeper
+from serverlessllm.edge.settings import EdgeSettings
+from serverlessllm.orchestrator.grpc.statuses import Failure, Metadata, Refused, failure_of
+from serverlessllm.telemetry.logs import log
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[bytes, bytes]
+
+_log = log("orchestrator")
+
+M = TypeVar("M", bound=Message)
+A = TypeVar("A", bound=Message)
+
+_ID_CHARS_MAX = 128
+_id_prefix = f"grpc-{os.urandom(6).hex()}-"
+_count = itertools.count(1)
+
+
+class Call:
+    """What a method needs of gRPC. Messages cross it one at a time in each direction."""
+
+    def __init__(self, context: Context, settings: EdgeSettings, clock: Clock) -> None:
+        self._context = context
+        self._settings = settings
+        self._clock = clock
+        self._task = asyncio.current_task()
+        self._due_s = math.inf
+        self._told = False
+        pairs = context.invocation_metadata() or ()
+        self._metadata = {key: value for key, value in pairs if isinstance(value, str)}
+        given = self._metadata.get("x-request-id", "")
+        self.id = given if 0 < len(given) <= _ID_CHARS_MAX else f"{_id_prefix}{next(_count):x}"
+        """Of the request; the front door's answer may correct it."""
+        self.late: SLLMError | None = None
+        """Why the call was cut, if it was."""
+
+    def said(self, name: str) -> str | None:
+        """The client's metadata of that (lower-case) name; of a repeated one the last."""
+        return self._metadata.get(name)
+
+    def left_s(self) -> float | None:
+        """Until the client's deadline; None: it has none."""
+        return self._context.time_remaining()
+
+    async def receive(self, kind: type[M]) -> M:
+        """The one request of a call that is no stream.
+
+        Raises:
+            InvalidRequest: there is none, or it is not such a message.
+        """
+        self._due_s = self._clock.now_s() + self._settings.body_timeout_s
+        try:
+            data = await self._context.read()
+        finally:
+            self._due_s = math.inf
+        if not isinstance(data, bytes):
+            raise InvalidRequest("the call has no message")
+        return _parsed(kind, data)
+
+    async def requests(self, kind: type[M]) -> AsyncIterator[M]:
+        """Every message of a stream; the client's pauses are its own.
+
+        Raises:
+            InvalidRequest: one is not such a message.
+        """
+        while isinstance(data := await self._context.read(), bytes):
+            yield _parsed(kind, data)
+
+    async def tell(self, metadata: Metadata) -> None:
+        """Send the initial metadata, once."""
+        if not self._told:
+            self._told = True
+            await self._context.send_initial_metadata((("x-request-id", self.id), *metadata))
+
+    async def send(self, message: Message) -> None:
+        """Send a message; returns when there is room for more.
+
+        Raises:
+            CancelledError: the client has gone.
+        """
+        self._due_s = self._clock.now_s() + self._settings.write_stall_timeout_s
+        try:
+            await self._context.write(message.SerializeToString())
+        except grpc.aio.InternalError as error:  # the connection broke under it
+            raise asyncio.CancelledError from error
+        finally:
+            self._due_s = math.inf
+
+    def end(self, failure: Failure | None = None) -> None:
+        """Say how the call ended."""
+        trailers: Metadata = (("x-request-id", self.id),)
+        if failure is not None:
+            trailers += failure.trailers
+            self._context.set_code(failure.code)
+            self._context.set_details(failure.fields.message)
+        self._context.set_trailing_metadata(trailers)
+
+    def sweep(self, now_s: float) -> None:
+        """Cut the call when its client is too slow."""
+        if now_s >= self._due_s and self._task is not None:
+            self._due_s = math.inf
+            self.late = RequestTimeout("the client did not send, or read, in time")
+            self._task.cancel()
+
+
+Serve = Callable[[Call], Awaitable[None]]
+
+
+class Calls:
+    """The boundary of every call: whatever happens inside, it ends with a status."""
+
+    def __init__(self, settings: EdgeSettings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._running: dict[Call, asyncio.Task[None] | None] = {}
+        self._sweeper = Sweeper(self._sweep, settings.sweep_interval_s, clock)
+
+    def start(self) -> None:
+        """Begin to look at deadlines."""
+        self._sweeper.start()
+
+    async def close(self) -> None:
+        """Cancel what still runs, and wait for it."""
+        tasks = [task for task in self._running.values() if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._sweeper.close()
+
+    def handler(self, serve: Serve) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """What gRPC is given for a method."""
+
+        async def handle(_: object, context: Context) -> None:
+            call = Call(context, self._settings, self._clock)
+            self._running[call] = asyncio.current_task()
+            try:
+                await self._serve(serve, call)
+            finally:
+                del self._running[call]
+
+        return grpc.stream_stream_rpc_method_handler(handle)
+
+    async def _serve(self, serve: Serve, call: Call) -> None:
+        try:
+            await serve(call)
+        except (SLLMError, Refused) as error:
+            call.end(failure_of(error))
+        except asyncio.CancelledError:
+            if call.late is None:
+                raise
+            call.end(failure_of(call.late))
+        except Exception:  # noqa: BLE001 - the boundary of a call
+            _log.error("gRPC call failed by a bug", exc_info=True, request=call.id)
+            call.end(failure_of(SLLMError()))
+        else:
+            call.end()
+
+    def _sweep(self, now_s: float) -> None:
+        for call in list(self._running):
+            call.sweep(now_s)
+
+
+def one(kind: type[M], answer: Callable[[Call, M], Awaitable[A]]) -> Serve:
+    """A method that takes one message and gives one."""
+
+    async def serve(call: Call) -> None:
+        await call.send(await answer(call, await call.receive(kind)))
+
+    return serve
+
+
+def _parsed(kind: type[M], data: bytes) -> M:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        name = kind.DESCRIPTOR.full_name
+        raise InvalidRequest(f"the message is not a {name}, or a text is not UTF-8") from error

@@ -1,0 +1,1 @@
+"""The messages: `*.proto`, and what `scripts/protos.sh` generates of them."""
