@@ -159,7 +159,7 @@ def render_refusal(error: SLLMError) -> tuple[int, list[tuple[str, str]], bytes]
 
 def _check_method(request: Request, method: str) -> None:
     if request.method != method:
-        raise MethodNotAllowed(f"{request.path[:200]} takes {method}")
+        raise MethodNotAllowed(f"{request.path[:200]} takes {method}", allow=(method,))
 
 
 async def _read(request: Request, type_: type[_Order]) -> _Order:

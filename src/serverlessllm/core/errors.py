@@ -104,6 +104,11 @@ class MethodNotAllowed(ClientError):
     status = 405
     code = "method_not_allowed"
 
+    def __init__(self, message: str, *, allow: tuple[str, ...] = ()) -> None:
+        """`allow`: the methods that it exists for."""
+        super().__init__(message)
+        self.allow = allow
+
 
 class Conflict(ClientError):
     """What is asked contradicts what exists."""

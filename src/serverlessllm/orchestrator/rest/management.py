@@ -285,7 +285,10 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     """Starlette's own: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
     if error.status_code == _METHOD_NOT_ALLOWED:
-        return _rendered(MethodNotAllowed("this route does not take that method"))
+        allow = (error.headers or {}).get("Allow", "")
+        return _rendered(
+            MethodNotAllowed("this route does not take that method", allow=tuple(allow.split(", ")))
+        )
     return _rendered(RouteNotFound("there is no such route"))
 
 

@@ -36,7 +36,7 @@ from serverlessllm.openai.settings import RequestLimits
 from serverlessllm.openai.sse import typed_event
 from serverlessllm.orchestrator.rest.front import Front
 from serverlessllm.orchestrator.rest.kept import Kept, KeptItem, KeptResponses
-from serverlessllm.orchestrator.rest.route import Route
+from serverlessllm.orchestrator.rest.route import GET, Route
 from serverlessllm.orchestrator.rest.translating import (
     JSON,
     OK,
@@ -200,7 +200,7 @@ class Responses:
             raise RouteNotFound(f"there is no {request.path[:200]}")
         if rest:
             if request.method == "DELETE":
-                raise MethodNotAllowed("input_items takes GET")
+                raise MethodNotAllowed("input_items takes GET", allow=GET)
             kept = self.kept.get(scope_of(request), response_id)
             request.respond(OK, (JSON,), _encoder.encode(page(kept.given, request.query)))
         elif request.method == "DELETE":

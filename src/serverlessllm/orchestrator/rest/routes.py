@@ -33,7 +33,7 @@ from serverlessllm.orchestrator.rest.guard import ANY, Caller, Guard, PasswordWa
 from serverlessllm.orchestrator.rest.idempotency import IDEMPOTENCY_HEADER, Replays
 from serverlessllm.orchestrator.rest.inference import Inference, Parse
 from serverlessllm.orchestrator.rest.loading import StillLoading, loading_body
-from serverlessllm.orchestrator.rest.route import GET, Route, RouteTable
+from serverlessllm.orchestrator.rest.route import GET, POST, Route, RouteTable
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.timing import Timing, timing_lines
 from serverlessllm.orchestrator.view import ClusterView
@@ -120,7 +120,7 @@ class Routes:
         try:
             self._guard.check(request, Scope.INFERENCE)
             if request.method != "POST":
-                raise MethodNotAllowed(f"{path} takes POST")
+                raise MethodNotAllowed(f"{path} takes POST", allow=POST)
             status = await self._answer(request, parse)
         except SLLMError as error:
             status = error.status
@@ -188,7 +188,8 @@ class Routes:
             raise RouteNotFound(f"there is no {request.path[:200]}")
         self._guard.check(request, route.scope, page=route.page)
         if request.method not in route.methods:
-            raise MethodNotAllowed(f"{request.path[:200]} takes {route.methods[0]}")
+            takes = f"{request.path[:200]} takes {route.methods[0]}"
+            raise MethodNotAllowed(takes, allow=route.methods)
         key = request.headers.get(IDEMPOTENCY_HEADER)
         if key is not None and request.method == "POST" and request.path.startswith(_OPENAI):
             await self._replays.answer(request, key, route.serve)
