@@ -16,6 +16,7 @@ from serverlessllm.backends.base import (
     Offer,
     Refusal,
 )
+from serverlessllm.backends.dialect import Dialect, Operation, PlainDialect
 from serverlessllm.backends.options import parse_options
 from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.ids import Address
@@ -99,6 +100,11 @@ class Fake:
             template=self.name if options.template else None,
             tells_ready=True,
         )
+
+    def dialect(self, spec: ModelSpec) -> Dialect:
+        """`backends.dialect.Speaks`: all of it, as it stands."""
+        del spec
+        return PlainDialect(operations=frozenset(Operation))
 
     def parse_stats(self, body: bytes) -> BackendStats:
         return msgspec.json.decode(body, type=BackendStats)

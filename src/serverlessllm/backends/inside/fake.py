@@ -10,127 +10,51 @@ import asyncio
 import os
 import signal
 import sys
-import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
 from serverlessllm.backends.base import READY_FD, BackendStats
 from serverlessllm.backends.fake import FakeOptions
+from serverlessllm.backends.inside.fake_answers import Answer, Kind
+from serverlessllm.backends.inside.fake_asks import (
+    Ask,
+    ChatAsk,
+    CompletionAsk,
+    EmbeddingAsk,
+    planned,
+    read,
+    texts,
+)
 from serverlessllm.backends.inside.fake_layers import Layers
+from serverlessllm.backends.inside.fake_words import (
+    EMBEDDING_WIDTH,
+    Vocabulary,
+    base64_of,
+    embedding_of,
+    score_of,
+)
 from serverlessllm.core.clock import SystemClock, wall_s
-from serverlessllm.core.errors import InvalidRequest, MethodNotAllowed, RouteNotFound
+from serverlessllm.core.errors import MethodNotAllowed, RouteNotFound
 from serverlessllm.core.ids import Address
 from serverlessllm.edge.server import EdgeServer, Request
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.openai.errors import render_error
+from serverlessllm.openai.rerank import RerankRequest, reranked
 from serverlessllm.openai.sse import DONE, EVENT_STREAM_HEADERS
-
-WORDS = (
-    *("a", "the", "one", "model", "answers", "with", "words", "that", "nobody", "computed"),
-    *("which", "come", "at", "the", "same", "place", "each", "time", "and", "mean", "nothing"),
+from serverlessllm.openai.tokenize import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
 )
+
 _PROMPTS_REMEMBERED = 256
-_EMBEDDING_WIDTH = 8
+_CONTEXT = 1 << 20
 _JSON = (("content-type", "application/json"),)
 _encoder = msgspec.json.Encoder()
-
-
-class _StreamOptions(msgspec.Struct, frozen=True):
-    include_usage: bool = False
-
-
-class _Message(msgspec.Struct, frozen=True):
-    role: str
-    content: object = None
-
-
-class _Ask(msgspec.Struct, frozen=True):
-    """What chat and completions have in common."""
-
-    stream: bool = False
-    stream_options: _StreamOptions | None = None
-    max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
-
-    @property
-    def tokens_max(self) -> int | None:
-        asked = self.max_completion_tokens
-        return self.max_tokens if asked is None else asked
-
-
-class _Chat(_Ask, frozen=True, kw_only=True):
-    messages: Annotated[tuple[_Message, ...], msgspec.Meta(min_length=1)]
-    logprobs: bool = False
-
-    @property
-    def prompt(self) -> str:
-        return "\n".join(f"{message.role}: {message.content}" for message in self.messages)
-
-
-class _Completion(_Ask, frozen=True, kw_only=True):
-    prompt: str
-    logprobs: int | None = None
-
-
-class _Embedding(msgspec.Struct, frozen=True):
-    input: str | Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
-
-
-class _Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer that is being made."""
-
-    kind: Literal["chat", "text"]
-    head: dict[str, object]
-    count: int
-    finish_reason: str
-    prompt: str
-    logprobs: bool
-    tokens: list[str]
-    """So far."""
-
-    def pieces(self, number: int) -> dict[str, object]:
-        """The choice of one streamed chunk."""
-        token = self.tokens[number]
-        choice: dict[str, object] = {"index": 0, "finish_reason": None}
-        if self.kind == "chat":
-            choice["delta"] = {"content": token}
-        else:
-            choice["text"] = token
-        if self.logprobs:
-            choice["logprobs"] = self.scores(range(number, number + 1))
-        return choice
-
-    def whole(self) -> dict[str, object]:
-        """The choice of an answer that is not streamed."""
-        text = "".join(self.tokens)
-        choice: dict[str, object] = {"index": 0, "finish_reason": self.finish_reason}
-        if self.kind == "chat":
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        choice["logprobs"] = self.scores(range(self.count)) if self.logprobs else None
-        return choice
-
-    def scores(self, numbers: range) -> dict[str, object]:
-        """Log probabilities in the API's two shapes: every token was certain."""
-        tokens = [self.tokens[number] for number in numbers]
-        if self.kind == "chat":
-            content = [
-                {"token": t, "logprob": 0.0, "bytes": list(t.encode()), "top_logprobs": []}
-                for t in tokens
-            ]
-            return {"content": content, "refusal": None}
-        return {"tokens": tokens, "token_logprobs": [0.0] * len(tokens), "top_logprobs": None}
-
-
-def token_at(prompt: str, number: int) -> str:
-    """The token at this place of the answer to this prompt."""
-    word = WORDS[zlib.crc32(f"{number} {prompt}".encode()) % len(WORDS)]
-    return word if number == 0 else f" {word}"
 
 
 class FakeServer:
@@ -144,31 +68,98 @@ class FakeServer:
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._running = self._queued = self._progress = self._answers = 0
         self._prompt_tokens = self._cached_tokens = 0
+        self._vocabulary = Vocabulary()
+        self._posts: dict[str, Callable[[Request], Awaitable[None]]] = {
+            "/v1/chat/completions": self._chat,
+            "/v1/completions": self._complete,
+            "/v1/embeddings": self._embed,
+            "/v1/tokenize": self._tokenize,
+            "/v1/detokenize": self._detokenize,
+            "/v1/rerank": self._rerank,
+        }
 
     async def handle(self, request: Request) -> None:
         """One request."""
         route = (request.method, request.path)
-        if route == ("POST", "/v1/chat/completions"):
-            chat = await _read(request, _Chat)
-            await self._answer(request, "chat", chat, chat.prompt, chat.logprobs)
-        elif route == ("POST", "/v1/completions"):
-            text = await _read(request, _Completion)
-            await self._answer(request, "text", text, text.prompt, text.logprobs is not None)
-        elif route == ("POST", "/v1/embeddings"):
-            request.respond(200, _JSON, self._embed(await _read(request, _Embedding)))
+        if request.method == "POST" and request.path in self._posts:
+            await self._posts[request.path](request)
         elif route == ("GET", "/v1/models"):
-            data = [{"id": self._model, "object": "model", "created": 0, "owned_by": "fake"}]
-            request.respond(200, _JSON, _encoder.encode({"object": "list", "data": data}))
+            one = {"id": self._model, "object": "model", "created": 0, "owned_by": "fake"}
+            _tell(request, {"object": "list", "data": [one]})
         elif route == ("GET", "/health"):
-            request.respond(200, _JSON, b'{"status":"ok"}')
+            _tell(request, {"status": "ok"})
         elif route == ("GET", "/stats"):
-            request.respond(200, _JSON, _encoder.encode(self._stats()))
+            _tell(request, self._stats())
         elif route == ("GET", "/layers") and self._layers is not None:
-            request.respond(200, _JSON, _encoder.encode(self._layers.told()))
+            _tell(request, self._layers.told())
         elif request.path.startswith("/v1/") and request.method not in {"GET", "POST"}:
             raise MethodNotAllowed(f"{request.method} is not a method of {request.path}")
         else:
             raise RouteNotFound(f"no route {request.path}")
+
+    async def _chat(self, request: Request) -> None:
+        ask = await read(request, ChatAsk)
+        call, form = ask.call(), ask.form()
+        said = form if call is None else call.arguments
+        text = None if said is None else _encoder.encode(said).decode()
+        answers = [
+            Answer(
+                index,
+                "chat",
+                planned(ask, ask.salted(ask.prompt, index), text, self._options.tokens),
+                scored=ask.logprobs is True,
+                call=None if call is None else call.name,
+            )
+            for index in range(ask.n or 1)
+        ]
+        await self._answer(request, "chat", ask, [ask.prompt], answers)
+
+    async def _complete(self, request: Request) -> None:
+        ask = await read(request, CompletionAsk)
+        prompts = texts(ask.prompt, self._vocabulary.decode)
+        answers: list[Answer] = []
+        for prompt in prompts:
+            echo = self._vocabulary.words(prompt) if ask.echo else []
+            for number in range(ask.n or 1):
+                plan = planned(ask, ask.salted(prompt, number), None, self._options.tokens)
+                scored = ask.logprobs is not None
+                answers.append(Answer(len(answers), "text", plan, scored=scored, echo=echo))
+        await self._answer(request, "text", ask, prompts, answers)
+
+    async def _embed(self, request: Request) -> None:
+        ask = await read(request, EmbeddingAsk)
+        inputs = texts(ask.input, self._vocabulary.decode)
+        data = []
+        for index, text in enumerate(inputs):
+            vector = embedding_of(text, ask.dimensions or EMBEDDING_WIDTH)
+            shown = base64_of(vector) if ask.encoding_format == "base64" else vector
+            data.append({"object": "embedding", "index": index, "embedding": shown})
+        tokens = sum(len(text.split()) for text in inputs)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        _tell(request, {"object": "list", "data": data, "model": self._model, "usage": usage})
+
+    async def _tokenize(self, request: Request) -> None:
+        ask = await read(request, TokenizeRequest)
+        text = ask.prompt
+        if text is None:
+            text = (await read(request, ChatAsk)).prompt
+        tokens = self._vocabulary.encode(text)
+        words = self._vocabulary.words(text) if ask.return_token_strs else None
+        answer = Tokenized(
+            count=len(tokens), max_model_len=_CONTEXT, tokens=tokens, token_strs=words
+        )
+        _tell(request, answer)
+
+    async def _detokenize(self, request: Request) -> None:
+        ask = await read(request, DetokenizeRequest)
+        _tell(request, Detokenized(prompt=self._vocabulary.decode(ask.tokens)))
+
+    async def _rerank(self, request: Request) -> None:
+        ask = await read(request, RerankRequest)
+        scores = [score_of(ask.query, text) for text in ask.texts]
+        tokens = len(" ".join((ask.query, *ask.texts)).split())
+        self._answers += 1
+        _tell(request, reranked(ask, scores, name=f"fake-{self._answers}", prompt_tokens=tokens))
 
     def _stats(self) -> BackendStats:
         seen = self._prompt_tokens
@@ -180,12 +171,7 @@ class FakeServer:
         )
 
     async def _answer(
-        self,
-        request: Request,
-        kind: Literal["chat", "text"],
-        ask: _Ask,
-        prompt: str,
-        logprobs: bool,
+        self, request: Request, kind: Kind, ask: Ask, prompts: list[str], answers: list[Answer]
     ) -> None:
         if self._options.flood_bytes:
             os.write(1, b"fake " * (self._options.flood_bytes // 5))
@@ -196,62 +182,48 @@ class FakeServer:
             self._queued -= 1
         self._running += 1
         try:
-            await self._generate(request, kind, ask, prompt, logprobs)
+            await self._generate(request, kind, ask, prompts, answers)
         finally:
             self._running -= 1
             self._slots.release()
 
     async def _generate(
-        self,
-        request: Request,
-        kind: Literal["chat", "text"],
-        ask: _Ask,
-        prompt: str,
-        logprobs: bool,
+        self, request: Request, kind: Kind, ask: Ask, prompts: list[str], answers: list[Answer]
     ) -> None:
         self._answers += 1
-        count = self._options.tokens if ask.tokens_max is None else ask.tokens_max
         object_ = "chat.completion" if kind == "chat" else "text_completion"
-        answer = _Answer(
-            kind=kind,
-            head={
-                "id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-fake-{self._answers}",
-                "object": f"{object_}.chunk" if kind == "chat" and ask.stream else object_,
-                "created": wall_s(),
-                "model": self._model,
-                "system_fingerprint": "fake",
-            },
-            count=min(count, self._options.tokens),
-            finish_reason="length" if count < self._options.tokens else "stop",
-            prompt=prompt,
-            logprobs=logprobs,
-            tokens=[],
-        )
-        usage = self._usage(prompt, answer.count)
+        head: dict[str, object] = {
+            "id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-fake-{self._answers}",
+            "object": f"{object_}.chunk" if kind == "chat" and ask.stream else object_,
+            "created": wall_s(),
+            "model": self._model,
+            "system_fingerprint": "fake",
+        }
+        usage = self._usage(prompts, sum(answer.plan.count for answer in answers))
         if not ask.stream:
-            async for _ in self._tokens(request, answer):
-                pass
-            body = answer.head | {"choices": [answer.whole()], "usage": usage}
-            request.respond(200, _JSON, _encoder.encode(body))
+            for answer in answers:
+                async for _ in self._tokens(request, answer):
+                    pass
+            choices = [answer.whole() for answer in answers]
+            _tell(request, head | {"choices": choices, "usage": usage})
             return
         request.start(200, EVENT_STREAM_HEADERS)
-        if kind == "chat":
-            role = {"role": "assistant", "content": "", "refusal": None}
-            await _event(request, answer, {"index": 0, "delta": role, "finish_reason": None})
-        async for number in self._tokens(request, answer):
-            await _event(request, answer, answer.pieces(number))
-        last: dict[str, object] = {"delta": {}} if kind == "chat" else {"text": ""}
-        await _event(request, answer, {"index": 0, "finish_reason": answer.finish_reason} | last)
-        if ask.stream_options is not None and ask.stream_options.include_usage:
-            body = answer.head | {"choices": [], "usage": usage}
+        for answer in answers:
+            if kind == "chat" or answer.echo:
+                await _event(request, head, answer.opening())
+            async for number in self._tokens(request, answer):
+                await _event(request, head, answer.chunk(number))
+            await _event(request, head, answer.closing())
+        if ask.wants_usage:
+            body = head | {"choices": [], "usage": usage}
             await request.write(b"data: " + _encoder.encode(body) + b"\n\n")
         await request.write(DONE)
         request.finish()
 
-    async def _tokens(self, request: Request, answer: _Answer) -> AsyncIterator[int]:
+    async def _tokens(self, request: Request, answer: Answer) -> AsyncIterator[int]:
         """The numbers of the tokens, each when its time has come, or the fault that was asked."""
         options = self._options
-        for number in range(answer.count):
+        for number in range(answer.plan.count):
             await asyncio.sleep(options.token_s if number else options.first_token_s)
             if number == options.crash_at_token:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -264,14 +236,28 @@ class FakeServer:
                 raise asyncio.CancelledError
             layers = self._layers
             answer.tokens.append(
-                token_at(answer.prompt, number) if layers is None else await layers.token(number)
+                answer.plan.token(number) if layers is None else await layers.token(number)
             )
             self._progress += 1
             yield number
 
-    def _usage(self, prompt: str, completion_tokens: int) -> dict[str, object]:
+    def _usage(self, prompts: list[str], completion_tokens: int) -> dict[str, object]:
         """Counts in words; a prompt's longest beginning that was seen before counts as cached."""
-        words = prompt.split()
+        count = cached = 0
+        for prompt in prompts:
+            words = prompt.split()
+            count += len(words)
+            cached += self._cached(words)
+        self._prompt_tokens += count
+        self._cached_tokens += cached
+        return {
+            "prompt_tokens": count,
+            "completion_tokens": completion_tokens,
+            "total_tokens": count + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _cached(self, words: list[str]) -> int:
         cached = 0
         for length in _prefix_lengths(len(words)):
             beginning = " ".join(words[:length])
@@ -281,32 +267,7 @@ class FakeServer:
             self._seen.move_to_end(beginning)
         while len(self._seen) > _PROMPTS_REMEMBERED:
             self._seen.popitem(last=False)
-        self._prompt_tokens += len(words)
-        self._cached_tokens += cached
-        return {
-            "prompt_tokens": len(words),
-            "completion_tokens": completion_tokens,
-            "total_tokens": len(words) + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
-
-    def _embed(self, ask: _Embedding) -> bytes:
-        inputs = (ask.input,) if isinstance(ask.input, str) else ask.input
-        data = [
-            {"object": "embedding", "index": index, "embedding": embedding_of(text)}
-            for index, text in enumerate(inputs)
-        ]
-        tokens = sum(len(text.split()) for text in inputs)
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        body = {"object": "list", "data": data, "model": self._model, "usage": usage}
-        return _encoder.encode(body)
-
-
-def embedding_of(text: str) -> list[float]:
-    """A unit vector that depends on the text alone."""
-    raw = [zlib.crc32(f"{axis} {text}".encode()) / 2**31 - 1 for axis in range(_EMBEDDING_WIDTH)]
-    norm = sum(value * value for value in raw) ** 0.5
-    return [value / norm for value in raw]
+        return cached
 
 
 def _prefix_lengths(words: int) -> Iterator[int]:
@@ -319,21 +280,13 @@ def _prefix_lengths(words: int) -> Iterator[int]:
         yield words
 
 
-async def _event(request: Request, answer: _Answer, choice: dict[str, object]) -> None:
-    body = _encoder.encode(answer.head | {"choices": [choice]})
+async def _event(request: Request, head: dict[str, object], choice: dict[str, object]) -> None:
+    body = _encoder.encode(head | {"choices": [choice]})
     await request.write(b"data: " + body + b"\n\n")
 
 
-_Body = TypeVar("_Body", _Chat, _Completion, _Embedding)
-
-
-async def _read(request: Request, type_: type[_Body]) -> _Body:
-    try:
-        return msgspec.json.decode(await request.body(), type=type_)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(str(error)) from None
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
+def _tell(request: Request, body: object) -> None:
+    request.respond(200, _JSON, _encoder.encode(body))
 
 
 async def serve(
