@@ -1,6 +1,8 @@
 """The `openai` client against `sllm serve`, and against an orchestrator with two agents."""
 
+import base64
 import contextlib
+import json
 
 import openai
 import pytest
@@ -27,7 +29,12 @@ def client(request, tmp_path_factory):
                 stack.enter_context(sllm("agent", "--id", name, data_dir=data_dir, name=name))
         register(front.address, model="tiny", source=weights.as_uri(), aliases=["small"])
         yield stack.enter_context(
-            openai.OpenAI(base_url=f"{front.address}/v1", api_key="unused", timeout=60)
+            openai.OpenAI(
+                base_url=f"{front.address}/v1",
+                api_key="unused",
+                timeout=60,
+                _strict_response_validation=True,
+            )
         )
 
 
@@ -59,7 +66,8 @@ def test_completions(client):
 
 
 def test_embeddings(client):
-    answer = client.embeddings.create(model="tiny", input=["one", "two"])
+    # Strictly, the client refuses the base64 that it asks for when nobody says otherwise.
+    answer = client.embeddings.create(model="tiny", input=["one", "two"], encoding_format="float")
     assert [row.index for row in answer.data] == [0, 1]
     assert len(answer.data[0].embedding) == len(answer.data[1].embedding) > 0
     assert answer.data[0].embedding != answer.data[1].embedding
@@ -74,6 +82,15 @@ def test_the_list_of_models_and_one_of_them(client):
 def test_an_alias_serves_its_model(client):
     answer = client.chat.completions.create(model="small", messages=CHAT, max_tokens=2)
     assert answer.usage.completion_tokens > 0
+    assert answer.model == "small"
+
+
+def test_embeddings_in_base64(client):
+    raw = client.embeddings.with_raw_response.create(
+        model="tiny", input="one", encoding_format="base64"
+    )
+    row = json.loads(raw.content)["data"][0]["embedding"]
+    assert len(base64.b64decode(row, validate=True)) % 4 == 0
 
 
 def test_an_unknown_model_is_404_and_names_the_known(client):
