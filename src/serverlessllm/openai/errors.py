@@ -59,7 +59,7 @@ def render_error(error: SLLMError) -> tuple[int, list[tuple[str, str]], bytes]:
     if error.status in {429, 503}:
         wait_s = RETRY_AFTER_DEFAULT_S if error.retry_after_s is None else error.retry_after_s
         headers.append(("retry-after", str(max(1, min(RETRY_AFTER_MAX_S, round(wait_s))))))
-    if isinstance(error, MethodNotAllowed):
+    if isinstance(error, MethodNotAllowed) and error.allow:
         headers.append(("allow", ", ".join(error.allow)))
     if error.permanent:
         headers.append(("x-should-retry", "false"))
