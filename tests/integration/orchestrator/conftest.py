@@ -74,6 +74,7 @@ class ScriptedAgent:
         self.loads: list[LoadRequest] = []
         self.unloads: list[UnloadRequest] = []
         self.requests: list[str] = []
+        self.bodies: list[bytes] = []
         self.cancelled = 0
         self.load_gate = asyncio.Event()
         self.load_gate.set()
@@ -179,6 +180,7 @@ class ScriptedAgent:
         body = await request.body()
         model = ModelId(request.headers.get(MODEL_HEADER) or "")
         self.requests.append(request.id)
+        self.bodies.append(body)
         if self.refuse is not None:
             self._refuse(request, self.refuse)
             return
@@ -314,19 +316,27 @@ class Cluster:
         self.ingestion = ScriptedIngestion(self.registry)
         self.store = ScriptedStore()
         self.agents: list[ScriptedAgent] = []
-        self.front = Orchestrator(
+        self._edge = edge
+        self.front = self._orchestrator(settings)
+        self.url = ""
+        self._upstreams = Upstreams(UpstreamSettings(), SystemClock())
+        self._names = itertools.count(1)
+
+    def _orchestrator(self, settings: OrchestratorSettings) -> Orchestrator:
+        return Orchestrator(
             settings,
             registry=self.registry,
             ingestion=self.ingestion,
             store=self.store,
             clock=SystemClock(),
             token=TOKEN,
-            run_dir=directory,
-            edge=edge,
+            run_dir=self.directory,
+            edge=self._edge,
         )
-        self.url = ""
-        self._upstreams = Upstreams(UpstreamSettings(), SystemClock())
-        self._names = itertools.count(1)
+
+    def another(self, fields: dict[str, object]) -> Orchestrator:
+        """One more front door of the same cluster, not yet started."""
+        return self._orchestrator(msgspec.convert(fields, OrchestratorSettings))
 
     async def start(self, agents: int) -> None:
         for _ in range(agents):
@@ -381,9 +391,7 @@ class Cluster:
         ) as response:
             text = await response.read(8 << 20)
             found = {
-                name: value
-                for name in HEADERS
-                if (value := response.headers.get(name)) is not None
+                name: value for name in HEADERS if (value := response.headers.get(name)) is not None
             }
             return Answer(response.status, found, text)
 

@@ -17,7 +17,7 @@ from serverlessllm.core.errors import (
     SLLMError,
     Unavailable,
 )
-from serverlessllm.core.ids import Address
+from serverlessllm.core.ids import Address, ModelId
 from serverlessllm.edge.relay import relay
 from serverlessllm.edge.server import Request
 from serverlessllm.edge.steps import in_task
@@ -155,6 +155,8 @@ class Routes:
         """The one place that counts a request, however it ended."""
         path, timing = request.path, request.state
         model = timing.model if isinstance(timing, Timing) else ""
+        if model not in self._view.models:
+            model = ModelId("")  # a label is not for whoever asks to invent
         seconds = self._clock.now_s() - request.arrived_s
         self._running[path] -= 1
         if status == _GONE:
