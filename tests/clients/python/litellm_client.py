@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
-import litellm
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # prices come with the package: fetch none
+
+import litellm  # noqa: E402 - it reads that as it is imported
 
 url, key = sys.argv[1:]
 CHAT = [{"role": "user", "content": "What is 2+2?"}]
