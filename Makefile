@@ -19,6 +19,7 @@ serve: ## Serve on 127.0.0.1:8000
 	@$(BIN)/sllm serve
 
 test: setup ## Pass the checks and every test
+	@scripts/clients.sh
 	@scripts/check.sh
 	@scripts/test.sh
 
