@@ -14,7 +14,7 @@ from serverlessllm.cli.main import app
 
 VERBS = (
     *("serve", "orchestrator", "agent", "demo", "run", "pull", "ls", "ps", "show", "load"),
-    *("unload", "rm", "convert", "inspect", "verify", "explain", "doctor"),
+    *("unload", "rm", "convert", "inspect", "verify", "explain", "doctor", "key"),
 )
 LISTINGS = ("ls", "ps", "show", "explain", "inspect", "doctor", "pull", "load", "convert")
 
