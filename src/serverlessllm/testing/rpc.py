@@ -1,0 +1,120 @@
+"""A gRPC client of our services that needs no generated stub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import msgspec
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from serverlessllm.core.ids import Address
+from serverlessllm.orchestrator.grpc.openai import SERVICE as OPENAI
+from serverlessllm.orchestrator.grpc.proto.pool import POOL
+from serverlessllm.orchestrator.grpc.proto.serverlessllm_pb2 import InferenceRequest
+from serverlessllm.orchestrator.grpc.repository import SERVICE as TRITON
+
+if TYPE_CHECKING:
+    Stream = grpc.aio.StreamStreamCall[Any, Any]
+
+__all__ = ["OPENAI", "TRITON", "Heard", "Rpc", "connected", "target"]
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+class Heard(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that has ended."""
+
+    messages: list[Any]
+    code: grpc.StatusCode
+    details: str
+    initial: dict[str, str]
+    trailing: dict[str, str]
+
+
+def target(address: Address | None) -> str:
+    """An address as gRPC writes it."""
+    assert address is not None
+    return address.removeprefix("http://")
+
+
+class Rpc:
+    """Calls methods by name; every method as a stream, which is the same on the wire."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: Metadata = ()) -> None:
+        self.channel = channel
+        self.metadata = metadata
+
+    def open(
+        self,
+        service: str,
+        method: str,
+        requests: Iterable[Message | bytes] | AsyncIterator[Message | bytes] | None = (),
+        *,
+        metadata: Metadata = (),
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """A running call; `requests` None: write them with `call.write`."""
+        found = POOL.FindServiceByName(service).methods_by_name[method]
+        kind = GetMessageClass(found.output_type)
+        call = self.channel.stream_stream(
+            f"/{service}/{method}",
+            request_serializer=lambda m: m if isinstance(m, bytes) else m.SerializeToString(),
+            response_deserializer=kind.FromString,
+        )
+        return call(requests, metadata=(*self.metadata, *metadata), timeout=timeout_s)
+
+    async def call(
+        self,
+        service: str,
+        method: str,
+        *requests: Message | bytes,
+        metadata: Metadata = (),
+        timeout_s: float | None = None,
+    ) -> Heard:
+        """A call to its end."""
+        call = self.open(service, method, requests, metadata=metadata, timeout_s=timeout_s)
+        messages: list[Any] = []
+        with contextlib.suppress(grpc.aio.AioRpcError):  # `Heard` has it
+            async for message in call:
+                messages.append(message)  # noqa: PERF401 - those before an error count too
+        return await heard(call, messages)
+
+    async def openai(
+        self, method: str, body: object, *, metadata: Metadata = (), timeout_s: float | None = None
+    ) -> Heard:
+        """A call of our own service with a JSON body."""
+        text = body if isinstance(body, str) else msgspec.json.encode(body).decode()
+        request = InferenceRequest(json=text)
+        return await self.call(OPENAI, method, request, metadata=metadata, timeout_s=timeout_s)
+
+
+async def heard(call: Stream, messages: list[Any]) -> Heard:
+    """How a call has ended."""
+    return Heard(
+        messages=messages,
+        code=await call.code(),
+        details=await call.details() or "",
+        initial=_dict(await call.initial_metadata()),
+        trailing=_dict(await call.trailing_metadata()),
+    )
+
+
+def _dict(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    return {key: value for key, value in metadata or () if isinstance(value, str)}
+
+
+@asynccontextmanager
+async def connected(
+    address: Address | None, metadata: Metadata = (), **options: int
+) -> AsyncIterator[Rpc]:
+    """A client on a connection of its own."""
+    named = [(f"grpc.{key}", value) for key, value in options.items()]
+    async with grpc.aio.insecure_channel(
+        target(address), options=[("grpc.use_local_subchannel_pool", 1), *named]
+    ) as channel:
+        yield Rpc(channel, metadata)
