@@ -180,3 +180,25 @@ async def test_a_key_means_nothing_where_nothing_is_made(cluster):
         assert "idempotency-replayed" not in answer.headers
         made = await c.ask("/api/models", {"model": "m"}, headers=under("one"))
     assert made.status == 409
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"model": "m", "input": "hi"}),
+        (
+            "/v1/messages",
+            {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]},
+        ),
+    ],
+)
+async def test_other_dialects_are_answered_once_too(cluster, path, body, stream):
+    c, agent = await warm(cluster)
+    asked = {**body, "stream": stream}
+    first = await c.ask(path, asked, headers=under("one"))
+    again = await c.ask(path, asked, headers=under("one"))
+    assert (first.status, again.status) == (200, 200)
+    assert again.body == first.body
+    assert again.headers["idempotency-replayed"] == "true"
+    assert len(agent.requests) == 1
