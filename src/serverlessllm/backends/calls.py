@@ -32,16 +32,44 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """On a call's first part."""
     arguments: str = ""
 
-    def field(self) -> dict[str, object]:
-        """As a chat chunk's `delta` has it."""
-        if self.call is None:
-            return {"content": self.text}
-        function: dict[str, object] = {"arguments": self.arguments}
-        part: dict[str, object] = {"index": self.call, "function": function}
-        if self.name is not None:
-            part |= {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
-            part["function"] = {"name": self.name} | function
-        return {"tool_calls": [part]}
+
+def delta_fields(deltas: Sequence[Delta]) -> dict[str, object]:
+    """A chat chunk's `delta`, but for its role."""
+    fields: dict[str, object] = {}
+    text = "".join(delta.text for delta in deltas)
+    if text:
+        fields["content"] = text
+    parts = [{"index": delta.call} | _call(delta) for delta in _joined(deltas)]
+    return fields | ({"tool_calls": parts} if parts else {})
+
+
+def message_fields(deltas: Sequence[Delta]) -> dict[str, object]:
+    """A whole chat's `message`, but for its role."""
+    text = "".join(delta.text for delta in deltas)
+    calls = [_call(delta) for delta in _joined(deltas)]
+    return {"content": text or None, "tool_calls": calls} if calls else {"content": text}
+
+
+def _joined(deltas: Sequence[Delta]) -> list[Delta]:
+    """The parts of calls, those of the same call in one."""
+    calls: dict[int, Delta] = {}
+    for delta in deltas:
+        if delta.call is None:
+            continue
+        before = calls.get(delta.call)
+        calls[delta.call] = (
+            delta
+            if before is None
+            else msgspec.structs.replace(before, arguments=before.arguments + delta.arguments)
+        )
+    return list(calls.values())
+
+
+def _call(delta: Delta) -> dict[str, object]:
+    if delta.name is None:
+        return {"function": {"arguments": delta.arguments}}
+    function = {"name": delta.name, "arguments": delta.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 class Calls:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from serverlessllm.backends.calls import Calls
+from serverlessllm.backends.calls import Calls, Delta, delta_fields, message_fields
 from serverlessllm.backends.dialect import Engine
 from serverlessllm.backends.gbnf import grammar
 from serverlessllm.backends.llamacpp_wire import (
@@ -80,8 +80,10 @@ class RenderedChat:
         if not self._ask.stream:
             yield await self._whole(engine, asked)
             return
-        async for choices in self._chunks(engine, asked):
-            yield _sse({"object": "chat.completion.chunk", "choices": choices})
+        async for parts in self._parts(engine, asked):
+            choices = [part.chunk() for part in parts if part.says]
+            if choices:
+                yield _sse({"object": "chat.completion.chunk", "choices": choices})
         yield _sse(
             {"object": "chat.completion.chunk", "choices": [], "usage": usage_fields(self._usage)}
         )
@@ -112,90 +114,84 @@ class RenderedChat:
         asked |= {"prompt": prompt, "stream": True, "stream_options": {"include_usage": True}}
         return _encoder.encode(asked)
 
-    async def _chunks(self, engine: Engine, asked: bytes) -> AsyncIterator[list[dict[str, object]]]:
-        """The choices of each chunk."""
+    async def _parts(self, engine: Engine, asked: bytes) -> AsyncIterator[list[_Part]]:
+        """What each of the engine's chunks says."""
         async for data in engine.stream(COMPLETIONS, asked):
             event = read_event(data)
             if event is None:
                 continue
             if event.usage is not None:
                 self._usage = add_usage(self._usage, event.usage)
-            choices = [one for choice in event.choices for one in self._choice(choice)]
-            if choices:
-                yield choices
+            if event.choices:
+                yield [self._part(choice) for choice in event.choices]
 
-    def _choice(self, choice: Choice) -> list[dict[str, object]]:
-        """What one of the engine's chunks says, in ours; the first one has its scores."""
-        opened = choice.index in self._finders
-        finder = self._finders.setdefault(
-            choice.index, Calls(self._offer.names, listed_only=self._offer.forced)
-        )
-        deltas = finder.push(choice.text, whole=choice.finish_reason is not None)
+    def _part(self, choice: Choice) -> _Part:
+        finder = self._finders.get(choice.index)
+        opens = finder is None
+        if finder is None:
+            finder = Calls(self._offer.names, listed_only=self._offer.forced)
+            self._finders[choice.index] = finder
         ended = choice.finish_reason is not None
-        scores = None if choice.logprobs is None else trimmed(choice.logprobs.content, self._ask)
-        parts = [delta.field() for delta in deltas]
-        if not parts and (ended or scores or not opened):
-            parts.append({})
-        if parts and not opened:
-            parts[0] = {"role": "assistant"} | parts[0]
+        deltas = finder.push(choice.text, whole=ended)
+        scores = [] if choice.logprobs is None else trimmed(choice.logprobs.content, self._ask)
         reason = choice.finish_reason
-        if reason == "stop" and finder.count:
-            reason = "tool_calls"
-        last = len(parts) - 1
-        return [
-            {
-                "index": choice.index,
-                "delta": part,
-                "logprobs": {"content": scores, "refusal": None} if scores and not place else None,
-                "finish_reason": reason if place == last else None,
-            }
-            for place, part in enumerate(parts)
-        ]
+        return _Part(
+            index=choice.index,
+            opens=opens,
+            deltas=deltas,
+            scores=scores,
+            finish_reason="tool_calls" if reason == "stop" and finder.count else reason,
+        )
 
     async def _whole(self, engine: Engine, asked: bytes) -> bytes:
-        answers: dict[int, _Message] = {}
-        async for choices in self._chunks(engine, asked):
-            for choice in choices:
-                message = answers.setdefault(_number(choice["index"]), _Message())
-                message.take(choice)
-        choices = [answers[index].choice(index) for index in sorted(answers)]
+        answers: dict[int, _Part] = {}
+        async for parts in self._parts(engine, asked):
+            for part in parts:
+                answer = answers.setdefault(part.index, part)
+                if answer is not part:
+                    answer.deltas += part.deltas
+                    answer.scores += part.scores
+                    answer.finish_reason = part.finish_reason or answer.finish_reason
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant"} | message_fields(answers[index].deltas),
+                "logprobs": answers[index].logprobs,
+                "finish_reason": answers[index].finish_reason,
+            }
+            for index in sorted(answers)
+        ]
         return _encoder.encode(
             {"object": "chat.completion", "choices": choices, "usage": usage_fields(self._usage)}
         )
 
 
-class _Message:
-    """A whole answer, from its chunks."""
+class _Part(msgspec.Struct, kw_only=True):
+    """More of one answer."""
 
-    def __init__(self) -> None:
-        self._text = ""
-        self._calls: list[dict[str, Any]] = []
-        self._scores: list[Any] = []
-        self._reason: object = None
+    index: int
+    opens: bool
+    """Whether it is the first of it."""
+    deltas: list[Delta]
+    scores: list[Token]
+    finish_reason: str | None
 
-    def take(self, choice: dict[str, Any]) -> None:
-        delta = choice["delta"]
-        self._text += delta.get("content", "")
-        for part in delta.get("tool_calls", ()):
-            if "id" in part:
-                self._calls.append({key: part[key] for key in ("id", "type", "function")})
-            else:
-                called = self._calls[part["index"]]["function"]
-                called["arguments"] += part["function"]["arguments"]
-        if choice["logprobs"]:
-            self._scores += choice["logprobs"]["content"]
-        self._reason = choice["finish_reason"] or self._reason
+    @property
+    def logprobs(self) -> dict[str, object] | None:
+        return {"content": self.scores, "refusal": None} if self.scores else None
 
-    def choice(self, index: int) -> dict[str, object]:
-        message: dict[str, object] = {"role": "assistant", "content": self._text}
-        if self._calls:
-            message |= {"content": self._text or None, "tool_calls": self._calls}
-        scores = {"content": self._scores, "refusal": None} if self._scores else None
+    @property
+    def says(self) -> bool:
+        return bool(self.opens or self.deltas or self.scores or self.finish_reason)
+
+    def chunk(self) -> dict[str, object]:
+        """The choice of a streamed chunk."""
+        role = {"role": "assistant"} if self.opens else {}
         return {
-            "index": index,
-            "message": message,
-            "logprobs": scores,
-            "finish_reason": self._reason,
+            "index": self.index,
+            "delta": role | delta_fields(self.deltas),
+            "logprobs": self.logprobs,
+            "finish_reason": self.finish_reason,
         }
 
 
@@ -231,11 +227,6 @@ def trimmed(tokens: list[Token], ask: ChatAsk) -> list[Token]:
     count = ask.top_logprobs or 0
     replace = msgspec.structs.replace
     return [replace(token, top_logprobs=token.top_logprobs[:count]) for token in tokens]
-
-
-def _number(value: object) -> int:
-    assert isinstance(value, int)
-    return value
 
 
 def _sse(body: dict[str, object]) -> bytes:

@@ -26,16 +26,13 @@ from serverlessllm.backends.llamacpp_wire import (
     tokenize,
     usage_fields,
 )
+from serverlessllm.backends.offsets import token_offsets
 from serverlessllm.core.errors import BackendProtocolError, InvalidRequest
 
 TOKENS_MAX = 16
 """Of an answer, where the request does not say: the API's own default."""
 _OURS = ("prompt", "n", "best_of", "echo", "suffix", "logprobs", "max_tokens", "stream_options")
 _REASONS = {"limit": "length"}
-
-_UNREADABLE = "\N{REPLACEMENT CHARACTER}"
-_GAP = 8
-"""Characters that tokens which are no text by themselves may stand for."""
 
 Prompt = str | list[int]
 
@@ -136,12 +133,13 @@ class Texts:
         scores = None
         if self._ask.logprobs is not None:
             offset = self._offsets.get(piece.index, 0)
-            offsets, self._offsets[piece.index] = _offsets(piece, offset)
+            tokens = [token.token for token in piece.scores]
+            self._offsets[piece.index] = offset + len(piece.text)
             scores = {
-                "tokens": [token.token for token in piece.scores],
+                "tokens": tokens,
                 "token_logprobs": [token.logprob for token in piece.scores],
                 "top_logprobs": [_top(token, self._alternatives) for token in piece.scores],
-                "text_offset": offsets,
+                "text_offset": token_offsets(piece.text, tokens, offset),
             }
         return {
             "index": piece.index,
@@ -317,22 +315,3 @@ def _top(token: Token, count: int) -> dict[str, float | None] | None:
     if token.logprob is None:
         return None
     return {other.token: other.logprob for other in token.top_logprobs[:count]}
-
-
-def _offsets(piece: Piece, at: int) -> tuple[list[int], int]:
-    """Where each token begins in the answer's text, and where the next piece does. A token that is
-    not in the text, as the one that a prompt silently begins with, has no width."""
-    offsets = []
-    place = 0
-    for token in piece.scores:
-        bare = token.token.lstrip()
-        start = place
-        if _UNREADABLE not in bare and not piece.text.startswith(token.token, place):
-            found = piece.text.find(bare, place, place + len(bare) + _GAP) if bare else place
-            start = max(place, found)
-        offsets.append(at + start)
-        for spelled in (token.token, bare):
-            if piece.text.startswith(spelled, start):
-                place = start + len(spelled)
-                break
-    return offsets, at + len(piece.text)
