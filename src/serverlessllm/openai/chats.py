@@ -260,6 +260,7 @@ class _Counted(Struct, frozen=True):
     count: int
 
 
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.json.Encoder()
 _answer = msgspec.json.Decoder(ChatAnswer)
 _count = msgspec.json.Decoder(_Counted)
@@ -282,7 +283,7 @@ def read_answer(data: bytes) -> ChatAnswer:
     """
     try:
         return _answer.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise BackendProtocolError("the model's backend answered with something else") from error
 
 
@@ -294,7 +295,7 @@ def read_failure(status: int, body: bytes) -> Failure:
     """
     try:
         said = _failure.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise BackendProtocolError("the error could not be read") from error
     return Failure(status=status, error=said.error, loading=said.loading)
 
@@ -314,7 +315,7 @@ def read_count(body: bytes) -> int:
     """What `/v1/tokenize` counted; raises `BackendProtocolError`."""
     try:
         return _count.decode(body).count
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise BackendProtocolError("the model's backend counted no tokens") from error
 
 

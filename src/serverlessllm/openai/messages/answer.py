@@ -75,7 +75,7 @@ def whole(begun: Message, choice: Choice, usage: ChatUsage | None, thinks: bool)
     Raises:
         BackendProtocolError: a call's arguments are no JSON object.
     """
-    stop = stop_of(choice)
+    stop = stop_of(choice, calls=bool(choice.said.tool_calls))
     return msgspec.structs.replace(
         begun,
         content=tuple(_blocks(begun, choice, thinks)),
@@ -85,15 +85,16 @@ def whole(begun: Message, choice: Choice, usage: ChatUsage | None, thinks: bool)
     )
 
 
-def stop_of(choice: Choice) -> Stop:
-    """Why it ended, by the chat's reason to finish and what the engine says beside it."""
+def stop_of(choice: Choice, *, calls: bool) -> Stop:
+    """Why it ended, by the chat's reason to finish and what the engine says beside it. A message
+    that `calls` a tool ends there, also where a chat calls that a plain stop (a named tool)."""
     reason = choice.finish_reason
     if reason == "length":
         return Stop(stop_reason="max_tokens", stop_sequence=None)
-    if reason in {"tool_calls", "function_call"}:
-        return Stop(stop_reason="tool_use", stop_sequence=None)
     if reason == "content_filter":
         return Stop(stop_reason="refusal", stop_sequence=None)
+    if calls:
+        return Stop(stop_reason="tool_use", stop_sequence=None)
     sequence = choice.stopped_by
     return Stop(
         stop_reason="end_turn" if sequence is None else "stop_sequence", stop_sequence=sequence
@@ -138,7 +139,7 @@ def _input(arguments: str, *, cut: bool) -> dict[str, Raw]:
     """A call's arguments; one that was cut off in its middle has none."""
     try:
         return _arguments.decode(arguments or "{}")
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         if cut:
             return {}
         raise BackendProtocolError("the model called a tool with what is no JSON object") from error

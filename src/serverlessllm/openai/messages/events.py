@@ -123,7 +123,8 @@ class Assembly:
         if self._index < 0:
             self._block(told, TextBlock)
         self._close(told)
-        told.append(MessageDelta(delta=stop_of(self._last), usage=usage_of(usage)))
+        stop = stop_of(self._last, calls=self._call >= 0)
+        told.append(MessageDelta(delta=stop, usage=usage_of(usage)))
         told.append(MessageStop())
         return told
 

@@ -95,9 +95,10 @@ class Assembly:
 
     def fail(self, failure: Failure) -> list[Event]:
         """The answer breaks off: what it has so far stays in it."""
+        number = next(self._numbers)
         self._close([], "incomplete")
         self.response = failed(self.response, tuple(self._items), failure)
-        return [events.Failed(sequence_number=next(self._numbers), response=self.response)]
+        return [events.Failed(sequence_number=number, response=self.response)]
 
     def _message(self, told: list[Event]) -> GrowingMessage:
         if not isinstance(self._growing, GrowingMessage):

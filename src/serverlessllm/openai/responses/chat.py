@@ -202,6 +202,8 @@ def _media(content: Iterable[Content]) -> Iterable[Part]:
 def _parts(content: tuple[Content, ...]) -> str | tuple[Part, ...]:
     """One text is said plainly: every chat template takes it."""
     parts = tuple(_part(part) for part in content)
+    if not parts:
+        return ""
     if len(parts) == 1 and isinstance(parts[0], TextPart):
         return parts[0].text
     return parts

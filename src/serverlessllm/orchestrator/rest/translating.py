@@ -16,7 +16,7 @@ from serverlessllm.core.errors import (
 from serverlessllm.core.ids import ModelId
 from serverlessllm.core.units import KIB
 from serverlessllm.edge.server import Request
-from serverlessllm.edge.upstream import Response, UpstreamError, UpstreamUnreachable
+from serverlessllm.edge.upstream import Response, UpstreamClosed, UpstreamUnreachable
 from serverlessllm.openai.chats import (
     ChatAnswer,
     ChatUsage,
@@ -79,7 +79,7 @@ async def asked(front: Front, request: Request, path: str, body: bytes) -> Async
     """The answer to what the client's request was translated to; leaving cancels it.
 
     Raises:
-        Draining, BackendProtocolError: this process's own front door did not answer.
+        Draining, BackendDied, UpstreamError: this process's own front door did not answer.
     """
     try:
         async with front.ask_for(request, path, body) as response:
@@ -88,8 +88,8 @@ async def asked(front: Front, request: Request, path: str, body: bytes) -> Async
             yield response
     except UpstreamUnreachable as error:
         raise _DRAINING from error
-    except UpstreamError as error:
-        raise error if error.status != BackendProtocolError.status else _BROKEN_OFF from error
+    except UpstreamClosed as error:
+        raise _BROKEN_OFF from error
 
 
 async def refusal(response: Response) -> tuple[Failure, list[tuple[str, str]]]:
@@ -131,7 +131,7 @@ async def tell(
             await request.write(story.fail(failure_of(_DRAINING)))
             request.finish()
         raise
-    except UpstreamError:
+    except UpstreamClosed:
         end = story.fail(failure_of(_BROKEN_OFF))
     except SLLMError as error:
         end = story.fail(failure_of(error))
