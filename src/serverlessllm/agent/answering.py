@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from serverlessllm.core.agentapi import USAGE_HEADER
 from serverlessllm.core.errors import BackendDied, SLLMError
+from serverlessllm.core.units import KIB
 from serverlessllm.edge.errors import UpstreamError
 from serverlessllm.edge.link import BODY, CHUNKED, DONE
 from serverlessllm.edge.request import Request
@@ -24,6 +25,8 @@ from serverlessllm.openai.errors import render_error
 from serverlessllm.openai.sse import EVENT_STREAM_HEADERS, error_event
 
 _OK = 200
+_LONG_BYTES = 256 * KIB
+"""A whole answer of more (embeddings) would keep the event loop for milliseconds."""
 _JSON = ("content-type", "application/json")
 _STREAM_HEADERS = (*EVENT_STREAM_HEADERS, ("trailer", USAGE_HEADER))
 _DIED = BackendDied("the backend of this model died during the answer")
@@ -37,13 +40,16 @@ async def pass_whole(
     Raises:
         UpstreamError: it did not come, or is longer than `bytes_max`.
     """
-    respond_whole(request, await response.read(bytes_max), asked, stamp)
+    await respond_whole(request, await response.read(bytes_max), asked, stamp)
 
 
-def respond_whole(request: Request, body: bytes, asked: Asked, stamp: Stamp) -> None:
+async def respond_whole(request: Request, body: bytes, asked: Asked, stamp: Stamp) -> None:
     """Answer with what an engine said, or with why it is no answer."""
     try:
-        answer = complete(asked, body, stamp)
+        if len(body) <= _LONG_BYTES:
+            answer = complete(asked, body, stamp)
+        else:
+            answer = await asyncio.to_thread(complete, asked, body, stamp)
     except SLLMError as error:
         request.respond(*render_error(error))
         return

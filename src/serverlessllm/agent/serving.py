@@ -123,7 +123,7 @@ class Serving:
         if asked is None:
             request.respond(_OK, _JSON, body)
         else:
-            respond_whole(request, body, asked, _stamp())
+            await respond_whole(request, body, asked, _stamp())
 
 
 def _stamp() -> Stamp:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from serverlessllm.core.errors import SLLMError
 from serverlessllm.openai.answers.asked import Asked, Kind
@@ -23,13 +23,13 @@ _encode = msgspec.json.Encoder().encode
 
 class _ChatChunk(msgspec.Struct):
     choices: list[SaidChoice] | UnsetType | None = UNSET
-    usage: object = None
+    usage: Raw | UnsetType = UNSET
     error: object = None
 
 
 class _TextChunk(msgspec.Struct):
     choices: list[SaidText] | UnsetType | None = UNSET
-    usage: object = None
+    usage: Raw | UnsetType = UNSET
     error: object = None
 
 
@@ -98,7 +98,7 @@ class StreamedAnswer:
             if event.strip() == _END:
                 self._finish(out)
             return
-        if chunk.usage is not None:
+        if chunk.usage is not UNSET:
             self.usage = read_usage(chunk.usage) or self.usage
         if chunk.choices:
             if not self._head:
@@ -123,7 +123,7 @@ class StreamedAnswer:
             if isinstance(error, msgspec.ValidationError):
                 raise nonsense(str(error)) from None
             raise failure(event) from None
-        if chunk.error is not None or (chunk.choices is UNSET and chunk.usage is None):
+        if chunk.error is not None or (chunk.choices is UNSET and chunk.usage is UNSET):
             raise failure(event)
         return chunk
 

@@ -22,7 +22,7 @@ class SaidText(msgspec.Struct):
     logprobs: Scores | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
-    prompt_logprobs: Raw | None = None
+    prompt_logprobs: Raw | UnsetType = UNSET
     prompt_token_ids: list[int] | None = None
 
 
@@ -98,6 +98,11 @@ def _choice(said: SaidText, index: int, scores: TextScores | None, reason: str |
         reason,
         stop_reason=UNSET if said.stop_reason is None else said.stop_reason,
         token_ids=said.token_ids or UNSET,
-        prompt_logprobs=UNSET if said.prompt_logprobs is None else said.prompt_logprobs,
+        prompt_logprobs=unless_null(said.prompt_logprobs),
         prompt_token_ids=said.prompt_token_ids or UNSET,
     )
+
+
+def unless_null(said: Raw | UnsetType) -> Raw | UnsetType:
+    """An optional field that is passed on as it is."""
+    return UNSET if said is UNSET or bytes(said) == b"null" else said

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated
 
-_COUNT_MAX = 1 << 53
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+_COUNT_MAX = (1 << 53) - 1
+_Count = Annotated[int, msgspec.Meta(ge=0, le=_COUNT_MAX)]
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -33,52 +37,62 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens_details: CompletionDetails = CompletionDetails()
 
 
-def read_usage(said: object) -> Usage | None:
-    """What an engine says in any of the usual dialects; None when it says no number at all."""
-    if not isinstance(said, dict):
+class _SaidDetails(msgspec.Struct):
+    cached_tokens: _Count | None = None
+    reasoning_tokens: _Count | None = None
+    audio_tokens: _Count | None = None
+    accepted_prediction_tokens: _Count | None = None
+    rejected_prediction_tokens: _Count | None = None
+
+
+_NO_DETAILS = _SaidDetails()
+
+
+class _SaidUsage(msgspec.Struct):
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    total_tokens: _Count | None = None
+    prompt_tokens_details: _SaidDetails | None = None
+    completion_tokens_details: _SaidDetails | None = None
+    prompt_cache_hit_tokens: _Count | None = None
+    """DeepSeek's name for what is cached."""
+    reasoning_tokens: _Count | None = None
+    """Where SGLang has it."""
+
+
+_said = msgspec.json.Decoder(_SaidUsage | None)
+
+
+def read_usage(data: Raw | UnsetType) -> Usage | None:
+    """What an engine says; None when it says no number that could be one."""
+    if data is UNSET:
         return None
-    prompt = _first(said, "prompt_tokens", "input_tokens")
-    completion = _first(said, "completion_tokens", "output_tokens")
-    total = _count(said.get("total_tokens"))
+    try:
+        said = _said.decode(data)
+    except (ValueError, RecursionError):
+        return None
+    if said is None:
+        return None
+    prompt, completion, total = said.prompt_tokens, said.completion_tokens, said.total_tokens
     if prompt is None and completion is None and total is None:
         return None
     if prompt is None:
         prompt = max(0, (total or 0) - (completion or 0))
     if completion is None:
         completion = max(0, (total or 0) - prompt)
-    asked, answered = said.get("prompt_tokens_details"), said.get("completion_tokens_details")
-    cached = _detail(asked, "cached_tokens")
-    reasoning = _detail(answered, "reasoning_tokens")
+    asked = said.prompt_tokens_details or _NO_DETAILS
+    answered = said.completion_tokens_details or _NO_DETAILS
     return Usage(
         prompt,
         completion,
         prompt + completion,
         PromptDetails(
-            _first(said, "prompt_cache_hit_tokens") or 0 if cached is None else cached,
-            _detail(asked, "audio_tokens") or 0,
+            asked.cached_tokens or said.prompt_cache_hit_tokens or 0, asked.audio_tokens or 0
         ),
         CompletionDetails(
-            _first(said, "reasoning_tokens") or 0 if reasoning is None else reasoning,
-            _detail(answered, "audio_tokens") or 0,
-            _detail(answered, "accepted_prediction_tokens") or 0,
-            _detail(answered, "rejected_prediction_tokens") or 0,
+            answered.reasoning_tokens or said.reasoning_tokens or 0,
+            answered.audio_tokens or 0,
+            answered.accepted_prediction_tokens or 0,
+            answered.rejected_prediction_tokens or 0,
         ),
     )
-
-
-def _count(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return int(value) if 0 <= value < _COUNT_MAX else None
-
-
-def _first(said: dict[object, object], *names: str) -> int | None:
-    for name in names:
-        count = _count(said.get(name))
-        if count is not None:
-            return count
-    return None
-
-
-def _detail(details: object, name: str) -> int | None:
-    return _count(details.get(name)) if isinstance(details, dict) else None

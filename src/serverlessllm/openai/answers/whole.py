@@ -12,7 +12,7 @@ from serverlessllm.openai.answers.chat import SaidChoice, WholeChoice, whole_cho
 from serverlessllm.openai.answers.embeddings import Row, SaidRow, row
 from serverlessllm.openai.answers.failures import failure, nonsense
 from serverlessllm.openai.answers.identity import Said, Stamp, identify
-from serverlessllm.openai.answers.text import SaidText, WholeText, whole_text
+from serverlessllm.openai.answers.text import SaidText, WholeText, unless_null, whole_text
 from serverlessllm.openai.answers.usage import Usage, read_usage
 
 _encode = msgspec.json.Encoder().encode
@@ -27,9 +27,9 @@ class Complete(msgspec.Struct, frozen=True):
 
 
 class _SaidAnswer(Said):
-    usage: object = None
+    usage: Raw | UnsetType = UNSET
     error: object = None
-    prompt_logprobs: Raw | None = None
+    prompt_logprobs: Raw | UnsetType = UNSET
     prompt_token_ids: list[int] | None = None
 
 
@@ -43,7 +43,7 @@ class _SaidTexts(_SaidAnswer):
 
 class _SaidRows(msgspec.Struct):
     data: list[SaidRow] | None = None
-    usage: object = None
+    usage: Raw | UnsetType = UNSET
     error: object = None
 
 
@@ -124,7 +124,7 @@ def _chosen(asked: Asked, body: bytes, stamp: Stamp) -> Complete:
         choices,
         usage=usage or UNSET,
         service_tier=named.service_tier or UNSET,
-        prompt_logprobs=UNSET if said.prompt_logprobs is None else said.prompt_logprobs,
+        prompt_logprobs=unless_null(said.prompt_logprobs),
         prompt_token_ids=said.prompt_token_ids or UNSET,
     )
     return Complete(_encode(answer), usage)

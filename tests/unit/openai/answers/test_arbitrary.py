@@ -71,6 +71,7 @@ CHOICE = optional(
     logprobs=SCORES,
     stop_reason=st.none() | st.integers(-9, 9) | TEXTS,
     token_ids=st.none() | st.lists(st.integers(0, 9), max_size=2),
+    prompt_logprobs=JUNK | st.lists(JUNK, max_size=2),
     matched_stop=JUNK,
 )
 USAGE = JUNK | optional(
@@ -91,6 +92,7 @@ ANSWER = st.fixed_dictionaries(
         "service_tier": JUNK | st.just("default"),
         "usage": USAGE,
         "timings": JUNK,
+        "prompt_logprobs": JUNK | st.lists(JUNK, max_size=2),
     },
 )
 EVENTS = st.lists(

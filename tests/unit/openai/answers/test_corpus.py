@@ -175,3 +175,20 @@ def test_hardly_anything_is_enough() -> None:
         "system_fingerprint": None,
         "choices": [{"text": "b", "index": 0, "logprobs": None, "finish_reason": "stop"}],
     }
+
+
+def test_what_is_kept_of_a_prompt_is_kept_as_it_is() -> None:
+    scores = [None, {"5": {"logprob": -1.5, "rank": 1, "decoded_token": " b"}}]
+    said = {"choices": [{"text": "b", "prompt_logprobs": scores, "token_ids": [5]}]}
+    asked = read_asked(KINDS["/v1/completions"], b'{"model":"m","prompt":"a b"}')
+    choice = check_whole(asked, complete(asked, json.dumps(said).encode(), STAMP).body)["choices"]
+    assert (choice[0]["prompt_logprobs"], choice[0]["token_ids"]) == (scores, [5])
+
+
+@pytest.mark.parametrize("usage", [None, 7, [], {}, {"prompt_tokens": -1}, {"total_tokens": 1e300}])
+def test_an_engine_that_counts_nothing_is_not_made_to(usage: object) -> None:
+    asked = read_asked(KINDS["/v1/completions"], b'{"model":"m","prompt":"a"}')
+    said = {"choices": [{"text": "b"}], "usage": usage}
+    done = complete(asked, json.dumps(said).encode(), STAMP)
+    assert done.usage is None
+    assert "usage" not in check_whole(asked, done.body)
