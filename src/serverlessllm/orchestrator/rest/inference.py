@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from serverlessllm.core.agentapi import (
-    ASKED_HEADER,
     KEEP_ALIVE_HEADER,
     MODEL_HEADER,
     REFUSED_HEADER,
@@ -332,8 +331,6 @@ class Inference:
         more = b""
         if parsed.keep_alive_s is not None:
             more = f"{KEEP_ALIVE_HEADER}: {parsed.keep_alive_s}\r\n".encode()
-        if parsed.model != model:
-            more += f"{ASKED_HEADER}: {parsed.model}\r\n".encode()
         return b"%b%b\r\nx-request-id: %b\r\n%b" % (
             self._fixed_head,
             model.encode(),
