@@ -1,6 +1,6 @@
 """The real orchestrator before a mock agent, as a target of `bench.edge`.
 
-    python -m bench.orchestrator PORT UPSTREAM_PORT [--key KEY]
+    python -m bench.orchestrator PORT UPSTREAM_PORT [--key KEY] [--workers N]
 
 Everything of `sllm orchestrator` runs: registry, watch, view, router, edge, metrics. The agent is a
 record in the registry, refreshed each second, whose address is the mock's.
@@ -8,9 +8,9 @@ record in the registry, refreshed each second, whose address is the mock's.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hashlib
-import sys
 import tempfile
 
 from serverlessllm.bootstrap import serve_orchestrator
@@ -32,20 +32,26 @@ LEASE_S = 10.0
 
 def main() -> None:
     """Serve until SIGTERM."""
-    port, upstream_port = (int(argument) for argument in sys.argv[1:3])
-    keys = [hashlib.sha256(key.encode()).hexdigest() for key in sys.argv[4:]]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("upstream", type=int)
+    parser.add_argument("--key", action="append", default=[])
+    parser.add_argument("--workers", type=int, default=1)
+    given = parser.parse_args()
+    keys = [hashlib.sha256(key.encode()).hexdigest() for key in given.key]
     with tempfile.TemporaryDirectory(prefix="sllm-bench-") as folder:
         loaded = load(
             overrides={
                 "data_dir": f"{folder}/data",
                 "runtime_dir": f"{folder}/run",
                 "metadata_url": f"sqlite:///{folder}/metadata.db",
-                "orchestrator.listen": f"127.0.0.1:{port}",
+                "orchestrator.listen": f"127.0.0.1:{given.port}",
+                "orchestrator.workers": given.workers,
                 "orchestrator.api_key_sha256": keys,
                 "edge.drain_accept_s": 0,
             }
         )
-        run(lambda stop: serve(loaded, upstream_port, f"sqlite:///{folder}/metadata.db", stop))
+        run(lambda stop: serve(loaded, given.upstream, f"sqlite:///{folder}/metadata.db", stop))
 
 
 async def serve(loaded: Loaded, upstream_port: int, metadata_url: str, stop: asyncio.Event) -> None:
