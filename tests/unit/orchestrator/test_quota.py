@@ -168,7 +168,7 @@ def test_processes_tell_each_other_what_was_spent(clock):
 )
 def test_no_more_than_the_limit_in_a_minute_beside_one_burst(per_minute, steps):
     now_s, taken = 0.0, 0
-    bucket = Bucket(per_minute, now_s)
+    bucket = Bucket("tokens", per_minute, now_s)
     for pause_s, units in steps:
         now_s += pause_s
         if bucket.look(now_s) >= units:

@@ -28,6 +28,7 @@ _BASIC = "basic "
 _KNOWN_HOSTS_MAX = 256
 _ID_DIGITS = 12
 _KNOWN_KEYS_MAX = 4096
+_USED_MAX = 1024
 _KNOWN_KEY_CHARS_MAX = 256
 
 
@@ -50,7 +51,7 @@ class ModelNotAllowed(Forbidden):
 class Caller:
     """Whoever has a key: what it opens, and what it has left of its limits."""
 
-    __slots__ = ("_names", "_patterns", "expires_s", "id", "scopes", "usage")
+    __slots__ = ("_names", "_patterns", "_used", "expires_s", "id", "restricted", "scopes", "usage")
 
     def __init__(self, name: str, key: ApiKey | None, quotas: Quotas) -> None:
         """`key` is None for one of the configuration's, which open everything."""
@@ -63,17 +64,18 @@ class Caller:
         models = () if key is None else key.models
         self._names = frozenset(name for name in models if "*" not in name)
         self._patterns = tuple(_pattern(name) for name in models if "*" in name)
-
-    @property
-    def restricted(self) -> bool:
+        self._used: set[str] = set()
+        """Names that a pattern was found to allow."""
+        self.restricted = bool(models)
         """Whether there are models that it may not use."""
-        return bool(self._names or self._patterns)
 
     def may_use(self, model: str, names: Mapping[str, ModelId]) -> bool:
         """Whether the model of this canonical name is for it; `names` are all names there are."""
-        if not self.restricted or model in self._names:
+        if not self.restricted or model in self._used or model in self._names:
             return True
         if any(pattern.fullmatch(model) for pattern in self._patterns):
+            if len(self._used) < _USED_MAX:
+                self._used.add(model)
             return True
         return any(names.get(name) == model for name in self._names)
 

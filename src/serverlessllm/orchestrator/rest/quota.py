@@ -10,6 +10,7 @@ between two exchanges they may together admit more than the limit, and pay it ba
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -23,7 +24,7 @@ _MINUTE_S = 60.0
 _BODY_BYTES_PER_TOKEN = 4
 _EVENT_BYTES_PER_TOKEN = 256
 """Of a stream that broke off: an event of one token is seldom shorter."""
-_USAGE = f"\r\n{USAGE_HEADER}: ".encode()
+_USAGE = re.compile(rf"\r\n{USAGE_HEADER}: (\d{{1,12}}) (\d{{1,12}})\r\n".encode())
 _AT_ONCE_RETRY_S = 1.0
 
 Spent = tuple[int, int]
@@ -47,51 +48,58 @@ class TokensLimited(TooManyRequests):
 class Bucket:
     """`per_minute` units at most, which come back evenly over a minute."""
 
-    __slots__ = ("_at_s", "_rate", "left", "per_minute")
+    __slots__ = ("_at_s", "_lines", "_rate", "left", "per_minute")
 
-    def __init__(self, per_minute: int, now_s: float) -> None:
+    def __init__(self, name: str, per_minute: int, now_s: float) -> None:
+        """`name` is what the header fields call its units."""
         self.per_minute = per_minute
         self.left = float(per_minute)
         """As of the last look; negative: in debt."""
         self._rate = per_minute / _MINUTE_S
         self._at_s = now_s
+        self._lines = (
+            f"x-ratelimit-limit-{name}: {per_minute}\r\nx-ratelimit-remaining-{name}: %d\r\n"
+            f"x-ratelimit-reset-{name}: %b\r\n"
+        ).encode()
 
     def look(self, now_s: float) -> float:
         """What is left now."""
         left = self.left + (now_s - self._at_s) * self._rate
         self._at_s = now_s
-        self.left = left if left < self.per_minute else float(self.per_minute)
-        return self.left
+        if left > self.per_minute:
+            left = float(self.per_minute)
+        self.left = left
+        return left
 
     def wait_s(self, units: float) -> float:
         """From the last look until `units` (at most all of them) are left."""
         return max(0.0, (units - self.left) / self._rate)
 
+    def lines(self, now_s: float) -> bytes:
+        """The header lines that tell a client what it has left."""
+        left = self.look(now_s)
+        wait_s = (self.per_minute - left) / self._rate
+        return self._lines % (left if left > 0 else 0, reset(wait_s))  # noqa: FURB136 - hot
+
 
 class Usage:
     """What one limited key has left, and what it has running."""
 
-    __slots__ = ("_clock", "_lines", "_moved", "at_once_max", "id", "requests", "running", "spent",
-                 "tokens")  # fmt: skip
+    __slots__ = ("_clock", "_moved", "at_once_max", "id", "requests", "running", "spent_requests",
+                 "spent_tokens", "tokens")  # fmt: skip
 
     def __init__(self, key: ApiKey, clock: Clock, moved: dict[KeyId, Usage]) -> None:
         now_s = clock.now_s()
         rpm, tpm = key.requests_per_minute, key.tokens_per_minute
         self.id = key.id
-        self.requests = None if rpm is None else Bucket(rpm, now_s)
-        self.tokens = None if tpm is None else Bucket(tpm, now_s)
+        self.requests = None if rpm is None else Bucket("requests", rpm, now_s)
+        self.tokens = None if tpm is None else Bucket("tokens", tpm, now_s)
         self.at_once_max = math.inf if key.requests_at_once is None else key.requests_at_once
         self.running = 0
-        self.spent: Spent = (0, 0)
+        self.spent_requests = self.spent_tokens = 0
         """Since `Quotas.spent_since` was last asked."""
         self._clock = clock
         self._moved = moved
-        self._lines = b"".join(
-            f"x-ratelimit-limit-{name}: {bucket.per_minute}\r\nx-ratelimit-remaining-{name}: "
-            f"%d\r\nx-ratelimit-reset-{name}: %b\r\n".encode()
-            for name, bucket in (("requests", self.requests), ("tokens", self.tokens))
-            if bucket is not None
-        )
 
     def admit(self, body_bytes: int, answer_tokens_max: int | None) -> Admission:
         """Let a request in, to be closed when it has ended.
@@ -128,13 +136,16 @@ class Usage:
 
     def spend(self, requests: int, tokens: int) -> None:
         """Take from what is left (or give back, if negative), and remember it for the others."""
-        self.take(requests, tokens)
-        spent = self.spent
-        self.spent = (spent[0] + requests, spent[1] + tokens)
+        if self.requests is not None:
+            self.requests.left -= requests
+        if self.tokens is not None:
+            self.tokens.left -= tokens
+        self.spent_requests += requests
+        self.spent_tokens += tokens
         self._moved[self.id] = self
 
-    def take(self, requests: int, tokens: int) -> None:
-        """Take from what is left."""
+    def note_others(self, requests: int, tokens: int) -> None:
+        """Take from what is left what other processes spent."""
         if self.requests is not None:
             self.requests.left -= requests
         if self.tokens is not None:
@@ -143,12 +154,12 @@ class Usage:
     def lines(self) -> bytes:
         """The header lines that tell a client what it has left."""
         now_s = self._clock.now_s()
-        values: list[float | bytes] = []
-        for bucket in (self.requests, self.tokens):
-            if bucket is not None:
-                left = bucket.look(now_s)
-                values += (max(0, left), reset(bucket.wait_s(bucket.per_minute)))
-        return self._lines % tuple(values)
+        requests, tokens = self.requests, self.tokens
+        if tokens is None:
+            return b"" if requests is None else requests.lines(now_s)
+        return (
+            tokens.lines(now_s) if requests is None else requests.lines(now_s) + tokens.lines(now_s)
+        )
 
 
 class Admission:
@@ -216,9 +227,11 @@ class Quotas:
 
     def spent_since(self) -> dict[KeyId, Spent]:
         """What each key spent in this process since this was last asked."""
-        spent = {key: usage.spent for key, usage in self._moved.items()}
+        spent = {
+            key: (usage.spent_requests, usage.spent_tokens) for key, usage in self._moved.items()
+        }
         for usage in self._moved.values():
-            usage.spent = (0, 0)
+            usage.spent_requests = usage.spent_tokens = 0
         self._moved.clear()
         return spent
 
@@ -227,24 +240,18 @@ class Quotas:
         for key, (requests, tokens) in spent.items():
             known = self._usages.get(key)
             if known is not None:
-                known[1].take(requests, tokens)
+                known[1].note_others(requests, tokens)
 
 
 def tokens_used(head: bytes, trailers: bytes) -> tuple[int, int] | None:
     """Prompt and completion tokens, as an agent's answer says in its head or its trailers."""
-    where = b"\r\n" + trailers if trailers else head
-    at = where.find(_USAGE)
-    if at < 0:
-        return None
-    said = where[at + len(_USAGE) : where.find(b"\r\n", at + len(_USAGE))].split()
-    if len(said) != 2 or not (said[0].isdigit() and said[1].isdigit()):
-        return None
-    return int(said[0]), int(said[1])
+    said = _USAGE.search(b"\r\n" + trailers if trailers else head)
+    return None if said is None else (int(said[1]), int(said[2]))
 
 
 def reset(wait_s: float) -> bytes:
     """A duration as the OpenAI API writes it: `850ms`, `7s`, `6m0s`."""
     if wait_s < 1:
         return b"%dms" % math.ceil(wait_s * 1000)
-    minutes, seconds = divmod(math.ceil(wait_s), 60)
-    return b"%dm%ds" % (minutes, seconds) if minutes else b"%ds" % seconds
+    seconds = math.ceil(wait_s)
+    return b"%ds" % seconds if seconds < 60 else b"%dm%ds" % divmod(seconds, 60)
