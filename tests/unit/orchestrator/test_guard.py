@@ -90,10 +90,17 @@ def test_a_server_for_others_is_known_by_any_name(listen):
     Door(listen, allow_public_without_key=True).check(Request(host="api.example.com"))
 
 
-@pytest.mark.parametrize("settings", [{}, {"require_key": True}])
-def test_a_server_for_others_asks_for_a_key_though_there_is_none(settings):
+@pytest.mark.parametrize(
+    ("listen", "settings"),
+    [
+        ("http://0.0.0.0:80", {}),
+        ("http://0.0.0.0:80", {"require_key": True}),
+        (LOOPBACK, {"grpc_listen": "http://0.0.0.0:81"}),
+    ],
+)
+def test_a_server_for_others_asks_for_a_key_though_there_is_none(listen, settings):
     with pytest.raises(Unauthorized):
-        Door("http://0.0.0.0:80", **settings).check(Request())
+        Door(listen, **settings).check(Request())
 
 
 @pytest.mark.parametrize("origin", ["null", "http://evil.example", "http://127.0.0.1:3000"])

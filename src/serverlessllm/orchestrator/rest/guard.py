@@ -112,7 +112,8 @@ class Guard:
         self._required = settings.require_key
         """None: as soon as there is a key."""
         undecided = settings.require_key is None and not settings.allow_public_without_key
-        if self._fixed or (undecided and not is_local(listen)):
+        reached = not (is_local(listen) and is_local(settings.grpc_listen or listen))
+        if self._fixed or (undecided and reached):
             self._required = True
         self._names = frozenset(name.lower() for name in settings.allowed_hosts)
         # Only a loopback address is protected by nothing but being hard to reach.
