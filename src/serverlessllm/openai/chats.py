@@ -214,9 +214,7 @@ class Choice(Struct, frozen=True, kw_only=True):
     finish_reason: str | None = None
     logprobs: ChoiceLogprobs | None = None
     stop_reason: str | int | None = None
-    """The stop sequence that ended it, as vLLM says it."""
-    matched_stop: str | int | None = None
-    """The same, as SGLang does."""
+    """The stop sequence (or token) that ended it, where the engine tells."""
 
     @property
     def said(self) -> Delta:
@@ -226,8 +224,7 @@ class Choice(Struct, frozen=True, kw_only=True):
     @property
     def stopped_by(self) -> str | None:
         """The stop sequence that ended it, where the engine tells."""
-        found = self.stop_reason or self.matched_stop
-        return found if isinstance(found, str) else None
+        return self.stop_reason if isinstance(self.stop_reason, str) else None
 
 
 class ChatAnswer(Struct, frozen=True, kw_only=True):

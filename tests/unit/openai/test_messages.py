@@ -421,7 +421,6 @@ def message(choice, *, thinks=False, usage=USAGE):
         (Choice(finish_reason="length"), "max_tokens", None),
         (Choice(finish_reason="content_filter"), "refusal", None),
         (Choice(finish_reason="stop", stop_reason="END"), "stop_sequence", "END"),
-        (Choice(finish_reason="stop", matched_stop="END"), "stop_sequence", "END"),
         (Choice(finish_reason="stop", stop_reason=128001), "end_turn", None),
     ],
 )
