@@ -19,9 +19,6 @@ KEEP_ALIVE_HEADER = "x-sllm-keep-alive"
 """Seconds as decimal text; this request's own keep_alive."""
 USAGE_HEADER = "x-sllm-usage"
 """`PROMPT COMPLETION` in tokens: of an agent's whole answer a header, of its stream a trailer."""
-INSIDE_HEADER = "x-sllm-inside"
-"""The cluster token, on a request between two processes of one front door: key, limits and counts
-were the first one's."""
 REFUSED_HEADER = "x-sllm-refused"
 """Set by an agent on an answer of its own (never a backend's): the error code. Nothing ran, so
 the orchestrator may ask another agent."""

@@ -40,6 +40,8 @@ SCHEDULE_DECISIONS = Counter(
     "sllm_schedule_decisions_total", "Agents chosen, by the tier the model lay in", ("tier",)
 )
 AGENTS = Gauge("sllm_agents", "Agents in the view", ("state",))
+WORKERS = Gauge("sllm_workers", "Processes that serve the port for one", ("state",))
+WORKER_CRASHES = Counter("sllm_worker_crashes_total", "Such processes that ended unasked")
 
 # Agent
 INSTANCES = Gauge("sllm_instances", "Instances on this agent", ("model", "state"))

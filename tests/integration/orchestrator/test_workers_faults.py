@@ -39,10 +39,18 @@ async def replaced(made, pid: int) -> None:
     await all_serve(made, 2)
 
 
-async def total(made) -> float:
+async def figure(made, start: str) -> float:
     text = (await made.ask("/metrics")).body.decode()
-    lines = [line for line in text.splitlines() if line.startswith("sllm_requests_total{")]
+    lines = [line for line in text.splitlines() if line.startswith(start)]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+async def total(made) -> float:
+    return await figure(made, "sllm_requests_total{")
+
+
+async def crashes(made) -> float:
+    return await figure(made, "sllm_worker_crashes_total ")
 
 
 @asynccontextmanager
@@ -82,7 +90,7 @@ async def test_a_killed_worker_breaks_its_own_connections_and_is_replaced(cluste
     made = await cluster(workers=2)
     await made.warm("m")
     await synced(made)
-    counted = await total(made)
+    counted, crashed_before = await total(made), await crashes(made)
     async with load(made, clients=8) as told:
         await eventually(lambda: len(told) > 50)
         assert set(told) == {200}
@@ -98,6 +106,9 @@ async def test_a_killed_worker_breaks_its_own_connections_and_is_replaced(cluste
     assert told[-40:] == [200] * 40
     assert other in pids(made)
     assert await total(made) >= before > counted
+    text = (await made.ask("/metrics")).body.decode()
+    assert 'sllm_workers{state="serving"} 2.0' in text
+    assert await crashes(made) == crashed_before + 1
 
 
 async def test_who_had_connected_to_a_worker_that_died_is_answered_by_the_next(cluster):

@@ -12,6 +12,7 @@ from serverlessllm.core.errors import ModelNotFound, NoCapacity, SLLMError
 from serverlessllm.core.ids import AgentId, ModelId
 from serverlessllm.orchestrator.coldstart import Loaded, WaitingRoom
 from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.view import ClusterView
 from serverlessllm.orchestrator.workers.loads import WishedLoads, WorkerRoom
 from serverlessllm.orchestrator.workers.messages import (
     FromWorker,
@@ -53,10 +54,16 @@ class Pair:
 
 
 @pytest.fixture
-async def pairs(loads, clock):
+def view():
+    """The main process's."""
+    return ClusterView()
+
+
+@pytest.fixture
+async def pairs(view, loads, clock):
     """`pairs(n)`: so many workers of one main process."""
     room = WaitingRoom(loads, OrchestratorSettings(), clock)
-    wishes = Wishes(room)
+    wishes = Wishes(view, room)
     made: list[Pair] = []
 
     def make(count: int) -> tuple[WaitingRoom, Wishes, list[Pair]]:
@@ -226,6 +233,26 @@ async def test_a_request_that_finds_the_instance_gone_says_so(pairs, loads, sett
     _, _, (worker,) = pairs(1)
     worker.room.not_ready(MODEL, DONE.agent)
     assert worker.told == [NotReady(agent=DONE.agent, model=MODEL)]
+
+
+async def test_a_wish_that_comes_when_it_has_just_been_fulfilled_is_no_load(
+    pairs, view, make, loads, settle
+):
+    _, _, workers = pairs(2)
+    with workers[0].room.enter(MODEL) as first:
+        await settle()
+        view.put_agent(make.agent("a", make.on("m")), 1, 0.0)
+        loads.end(DONE)
+        await settle()
+        assert first.loaded() == DONE
+    with workers[1].room.enter(MODEL) as late:
+        await settle()
+        assert late.loaded() == DONE
+    assert len(loads.started) == 1
+    view.lost(DONE.agent, MODEL)
+    with workers[1].room.enter(MODEL):
+        await settle()
+        assert len(loads.started) == 2
 
 
 async def test_messages_about_what_is_over_are_of_no_effect(pairs, loads, settle):

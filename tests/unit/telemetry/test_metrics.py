@@ -12,7 +12,8 @@ from serverlessllm.telemetry import metrics, render_metrics, table
 from serverlessllm.telemetry.metrics import DECLARED, LABEL_SETS_MAX, Counter, Gauge, Histogram
 
 UNITS = ("_total", "_seconds", "_bytes", "_bytes_per_second", "_requests")
-COUNTS = {"sllm_agents", "sllm_instances", "sllm_requests_running", "sllm_requests_waiting"}
+COUNTS = {"sllm_agents", "sllm_instances", "sllm_requests_running", "sllm_requests_waiting",
+          "sllm_workers"}  # fmt: skip
 """Gauges that count things: the noun is the unit."""
 
 

@@ -27,7 +27,7 @@ class Hearing:
         self._view = view
         self._room = room
         self._quotas = quotas
-        self._wishes = Wishes(room)
+        self._wishes = Wishes(view, room)
 
     def hear(self, worker: WorkerProcess, message: FromWorker) -> None:
         match message:

@@ -37,6 +37,7 @@ from serverlessllm.orchestrator.workers.publisher import Publisher
 from serverlessllm.orchestrator.workers.sharing import share_spent
 from serverlessllm.telemetry.figures import Figures, collect, counted, render, total
 from serverlessllm.telemetry.logs import log
+from serverlessllm.telemetry.table import WORKER_CRASHES, WORKERS
 
 _log = log("workers")
 _CRASHES_IN_A_ROW = 5
@@ -155,6 +156,9 @@ class Workers:
                 for each in asked:
                     each.cancel()
                 await answers
+        serving = sum(place.serves for place in self._places)
+        WORKERS.set(serving, "serving")
+        WORKERS.set(len(self._processes) - serving, "coming or going")
         told = [each.figures for each in self._processes]
         gone = self._gone
         return await asyncio.to_thread(lambda: render(total([collect(), gone, *told])))
@@ -261,6 +265,7 @@ class Workers:
             _log.info("a worker leaves, another one takes its place", pid=worker.pid)
             place.crashes = 0
             return
+        WORKER_CRASHES.inc()
         lived = self._clock.now_s() - began_s >= _LIFE_S
         place.crashes = 1 if lived else place.crashes + 1
         say = _log.error if place.crashes >= _CRASHES_IN_A_ROW else _log.warning

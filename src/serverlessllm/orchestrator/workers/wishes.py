@@ -9,6 +9,7 @@ from serverlessllm.core.errors import SLLMError
 from serverlessllm.core.failures import record_of
 from serverlessllm.core.ids import ModelId
 from serverlessllm.orchestrator.coldstart import Waiter, WaitingRoom
+from serverlessllm.orchestrator.view import ClusterView, ready_agents
 from serverlessllm.orchestrator.workers.messages import (
     LoadFailed,
     LoadGoes,
@@ -25,7 +26,8 @@ _log = log("workers")
 class Wishes:
     """Owns a task for each wish that is not yet fulfilled; `close` ends them."""
 
-    def __init__(self, room: WaitingRoom) -> None:
+    def __init__(self, view: ClusterView, room: WaitingRoom) -> None:
+        self._view = view
         self._room = room
         self._tasks: dict[tuple[WorkerProcess, int], asyncio.Task[None]] = {}
         self._waiting: Counter[ModelId] = Counter()
@@ -35,7 +37,12 @@ class Wishes:
         return self._waiting[model]
 
     def begin(self, worker: WorkerProcess, wish: Wish) -> None:
-        """Have it loaded, and the worker told how it goes."""
+        """Have it loaded, unless it has just been, and the worker told how it goes."""
+        last = self._room.last_load(wish.model)
+        ready = frozenset() if wish.elsewhere else ready_agents(self._view, wish.model)
+        if last is not None and last.agent in ready:
+            worker.tell(LoadReady(wish=wish.wish, loaded=last, whole=True))
+            return
         key = (worker, wish.wish)
         task = asyncio.create_task(self._fulfil(worker, wish), name=f"load {wish.model}")
         self._tasks[key] = task

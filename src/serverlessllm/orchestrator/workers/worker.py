@@ -55,6 +55,8 @@ class Worker:
         self._clock = clock
         self._tell = tell
         self._view = Mirror(tell)
+        self._has_view = asyncio.Event()
+        """Once the whole view has come."""
         self._quotas = Quotas(clock)
         self._upstreams = Upstreams(start.upstream, clock)
         # As many as clients may be: none of them waits here for another one's cold model.
@@ -100,9 +102,11 @@ class Worker:
 
     def hear(self, message: ToWorker) -> None:
         """What concerns the cluster, the limits or the figures."""
-        if self._view.apply(message) or self._loads.hear(message):
+        if self._view.apply(message):
+            self._has_view.set()
+        elif self._loads.hear(message):
             return
-        if isinstance(message, KeysSpent):
+        elif isinstance(message, KeysSpent):
             note_spent(self._quotas, self._view, message)
         elif isinstance(message, RenewCertificate):
             self._renew_certificate()
@@ -115,6 +119,7 @@ class Worker:
         Raises:
             OSError, ValueError: what the settings ask for cannot be had.
         """
+        await self._has_view.wait()  # who knows no model yet would deny those that there are
         self._run("vigil", self._vigil.run)
         self._run("alive", self._stay_alive)
         self._run("sharing", self._share)
