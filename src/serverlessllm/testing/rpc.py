@@ -21,7 +21,7 @@ from serverlessllm.orchestrator.grpc.repository import SERVICE as TRITON
 if TYPE_CHECKING:
     Stream = grpc.aio.StreamStreamCall[Any, Any]
 
-__all__ = ["OPENAI", "TRITON", "Heard", "Rpc", "connected", "target"]
+__all__ = ["OPENAI", "TRITON", "Heard", "Rpc", "connected", "heard", "read", "read_all", "target"]
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -53,17 +53,17 @@ class Rpc:
         self,
         service: str,
         method: str,
-        requests: Iterable[Message | bytes] | AsyncIterator[Message | bytes] | None = (),
+        requests: Any = (),
         *,
         metadata: Metadata = (),
         timeout_s: float | None = None,
     ) -> Stream:
-        """A running call; `requests` None: write them with `call.write`."""
+        """A running call; `requests` are messages or bytes, None: write them with `call.write`."""
         found = POOL.FindServiceByName(service).methods_by_name[method]
         kind = GetMessageClass(found.output_type)
         call = self.channel.stream_stream(
             f"/{service}/{method}",
-            request_serializer=lambda m: m if isinstance(m, bytes) else m.SerializeToString(),
+            request_serializer=_encoded,
             response_deserializer=kind.FromString,
         )
         return call(requests, metadata=(*self.metadata, *metadata), timeout=timeout_s)
@@ -78,11 +78,7 @@ class Rpc:
     ) -> Heard:
         """A call to its end."""
         call = self.open(service, method, requests, metadata=metadata, timeout_s=timeout_s)
-        messages: list[Any] = []
-        with contextlib.suppress(grpc.aio.AioRpcError):  # `Heard` has it
-            async for message in call:
-                messages.append(message)  # noqa: PERF401 - those before an error count too
-        return await heard(call, messages)
+        return await heard(call, await read_all(call))
 
     async def openai(
         self, method: str, body: object, *, metadata: Metadata = (), timeout_s: float | None = None
@@ -91,6 +87,20 @@ class Rpc:
         text = body if isinstance(body, str) else msgspec.json.encode(body).decode()
         request = InferenceRequest(json=text)
         return await self.call(OPENAI, method, request, metadata=metadata, timeout_s=timeout_s)
+
+
+async def read(call: Stream) -> Any:
+    """The next message of a call; `grpc.aio.EOF` at its end."""
+    return await call.read()
+
+
+async def read_all(call: Stream) -> list[Any]:
+    """The messages that are still to come, whatever the end."""
+    messages: list[Any] = []
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        while (message := await read(call)) is not grpc.aio.EOF:
+            messages.append(message)
+    return messages
 
 
 async def heard(call: Stream, messages: list[Any]) -> Heard:
@@ -102,6 +112,11 @@ async def heard(call: Stream, messages: list[Any]) -> Heard:
         initial=_dict(await call.initial_metadata()),
         trailing=_dict(await call.trailing_metadata()),
     )
+
+
+def _encoded(request: Any) -> bytes:
+    data: bytes = request if isinstance(request, bytes) else request.SerializeToString()
+    return data
 
 
 def _dict(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:

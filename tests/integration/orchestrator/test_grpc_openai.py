@@ -10,7 +10,7 @@ import pytest
 
 from serverlessllm.core.errors import LoadFailed
 from serverlessllm.orchestrator.grpc.proto import serverlessllm_pb2 as pb
-from serverlessllm.testing.rpc import OPENAI, connected
+from serverlessllm.testing.rpc import OPENAI, connected, read
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -172,7 +172,7 @@ async def test_a_client_that_leaves_stops_the_generation(served, stream):
         request = pb.InferenceRequest(json=json.dumps({**CHAT, "stream": stream}))
         call = rpc.open(OPENAI, "ChatCompletions", [request])
         if stream:
-            assert (await call.read()).chunk.json
+            assert (await read(call)).chunk.json
         await c.until(lambda: agent.running == 1)
         call.cancel()
         await c.until(lambda: agent.cancelled == 1, within_s=1.0)
@@ -215,14 +215,14 @@ async def test_a_watcher_sees_a_model_wake_and_wakes_none(served):
     c.agents[0].load_gate.clear()
     async with connected(c.front.grpc_address) as rpc:
         call = rpc.open(OPENAI, "WatchModel", [pb.WatchModelRequest(model="alias")])
-        first = await call.read()
+        first = await read(call)
         assert (first.model, first.state, first.agents_ready) == ("m", "cold", 0)
         assert c.agents[0].loads == []
         chat = asyncio.ensure_future(rpc.openai("ChatCompletions", CHAT))
         states = ["cold"]
         async with asyncio.timeout(10):
             while states[-1] != "ready":
-                status = await call.read()
+                status = await read(call)
                 states.append(status.state)
                 if status.state == "loading" and status.bytes_total:
                     assert (status.stage, status.bytes_done) == ("nvme→dram", 5)
@@ -232,9 +232,9 @@ async def test_a_watcher_sees_a_model_wake_and_wakes_none(served):
         assert (await chat).code is grpc.StatusCode.OK
         await c.registry.delete_model("m")
         async with asyncio.timeout(10):
-            while (status := await call.read()).state != "deleted":
+            while (status := await read(call)).state != "deleted":
                 pass
-        assert await call.read() is grpc.aio.EOF
+        assert await read(call) is grpc.aio.EOF
         assert await call.code() is grpc.StatusCode.OK
 
 

@@ -24,7 +24,8 @@ from serverlessllm.orchestrator.grpc.proto.serverlessllm_pb2 import (
     WatchModelRequest,
 )
 from serverlessllm.orchestrator.grpc.statuses import Failure, Loading, Refused, failure_of
-from serverlessllm.orchestrator.grpc.watching import Status, Watching
+from serverlessllm.orchestrator.grpc.watching import Watching
+from serverlessllm.orchestrator.status import Status
 
 SERVICE = "serverlessllm.v1.Inference"
 

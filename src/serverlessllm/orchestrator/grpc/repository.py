@@ -19,8 +19,9 @@ from serverlessllm.orchestrator.grpc.statistics import Figures, Statistics
 from serverlessllm.orchestrator.grpc.statuses import Refused
 from serverlessllm.orchestrator.grpc.texts import EMBEDDING, INPUTS, OUTPUTS
 from serverlessllm.orchestrator.grpc.triton import VERSION, check_version
-from serverlessllm.orchestrator.grpc.watching import READY, Watching
+from serverlessllm.orchestrator.grpc.watching import Watching
 from serverlessllm.orchestrator.rest.wire import LoadModel, UnloadModel
+from serverlessllm.orchestrator.status import READY
 from serverlessllm.orchestrator.view import ClusterView
 
 SERVICE = "inference.GRPCInferenceService"

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from serverlessllm.core.clock import Clock
@@ -32,9 +31,6 @@ from serverlessllm.orchestrator.view import ClusterView
 _REFLECTION = ("grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection")
 """The same messages by two names: older clients know the first, newer ones the second."""
 _SERVICES = (openai.SERVICE, repository.SERVICE, health.SERVICE, _REFLECTION[0])
-
-for _file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
-    POOL.AddSerializedFile(_file.serialized_pb)
 
 
 class GrpcServer:
