@@ -44,13 +44,14 @@ class ErrorBody(msgspec.Struct, frozen=True):
 _encoder = msgspec.json.Encoder()
 
 
+def error_fields(error: SLLMError) -> ErrorFields:
+    """What the body of an error says."""
+    return ErrorFields(message=error.message, type=error.type, param=error.param, code=error.code)
+
+
 def error_body(error: SLLMError) -> bytes:
     """The JSON body of an error."""
-    return _encoder.encode(
-        ErrorBody(
-            ErrorFields(message=error.message, type=error.type, param=error.param, code=error.code)
-        )
-    )
+    return _encoder.encode(ErrorBody(error_fields(error)))
 
 
 def render_error(error: SLLMError) -> tuple[int, list[tuple[str, str]], bytes]:

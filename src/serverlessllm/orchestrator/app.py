@@ -32,6 +32,7 @@ from serverlessllm.orchestrator.rest.inference import Inference
 from serverlessllm.orchestrator.rest.internal import InternalServer
 from serverlessllm.orchestrator.rest.management import Management
 from serverlessllm.orchestrator.rest.messages import Messages
+from serverlessllm.orchestrator.rest.models import Models
 from serverlessllm.orchestrator.rest.quota import Quotas
 from serverlessllm.orchestrator.rest.responses import Responses
 from serverlessllm.orchestrator.rest.routes import Routes, render
@@ -195,6 +196,7 @@ class Orchestrator:
         self._check_public(listen)
         self._run("vigil", self._vigil.run)
         self._run("replicas", self._keep_replicas)
+        models = Models(self._settings, view=self.view, room=self._room)
         self._routes = routes = Routes(
             self._settings,
             guard=Guard(self._settings, listen, view=self.view, quotas=self.quotas),
@@ -205,7 +207,12 @@ class Orchestrator:
             not_ready=self._not_ready,
             metrics=self._metrics,
             clock=self._clock,
-            routes=(*self._responses.routes, *self._messages.routes, *self._documents.routes),
+            routes=(
+                *models.routes,
+                *self._responses.routes,
+                *self._messages.routes,
+                *self._documents.routes,
+            ),
         )
         self._edge = EdgeServer(
             routes.handle,

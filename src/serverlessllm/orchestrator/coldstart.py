@@ -257,6 +257,16 @@ class WaitingRoom:
             self._began = asyncio.get_running_loop().create_future()
         return None, self._began
 
+    def progress_of(self, model: ModelId) -> LoadEvent | None:
+        """How far the load of `model` is; None: there is none."""
+        loading = self._under_way(model, elsewhere=False)
+        return None if loading is None else loading.progress
+
+    def failure_of(self, model: ModelId) -> SLLMError | None:
+        """Why its load failed, if that answers for the next one."""
+        failure = self._recent_failure(model, elsewhere=False)
+        return None if failure is None else failure.error
+
     def last_load(self, model: ModelId) -> Loaded | None:
         """The latest load that ended well."""
         return self._last_loads.get(model)
@@ -294,7 +304,9 @@ class WaitingRoom:
         return self._loadings.get(model) or arriving
 
     def _start(self, model: ModelId, elsewhere: bool) -> _Loading:
-        self._raise_recent_failure(model, elsewhere)
+        failure = self._recent_failure(model, elsewhere)
+        if failure is not None:
+            raise failure.error.with_traceback(None)
         if self._closed or self.loading >= self._settings.loads_max:
             raise TooManyRequests(
                 "too many models are loading at once; try again shortly", retry_after_s=1.0
@@ -368,15 +380,15 @@ class WaitingRoom:
             error, now_s + self._settings.failure_cache_s, self._loads.fleet()
         )
 
-    def _raise_recent_failure(self, model: ModelId, elsewhere: bool) -> None:
-        """Answer from the negative cache, unless agents came or went since."""
+    def _recent_failure(self, model: ModelId, elsewhere: bool) -> _Failure | None:
+        """From the negative cache, unless agents came or went since."""
         failure = self._failures.get((model, elsewhere))
-        if failure is None:
-            return
-        if failure.until_s <= self._clock.now_s() or failure.fleet != self._loads.fleet():
+        if failure is not None and (
+            failure.until_s <= self._clock.now_s() or failure.fleet != self._loads.fleet()
+        ):
             del self._failures[model, elsewhere]
-            return
-        raise failure.error.with_traceback(None)
+            return None
+        return failure
 
     @staticmethod
     def _retry_after_s(loading: _Loading | None) -> float:

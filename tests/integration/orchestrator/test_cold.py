@@ -6,6 +6,7 @@ import asyncio
 import collections
 import json
 import time
+from typing import Any
 
 import msgspec
 from openai.types import Completion
@@ -139,7 +140,7 @@ async def test_a_client_that_drops_comments_is_told_by_chunks(cluster):
             {**body, "model": "short", "stream": True}, f"/v1/{path}", {"x-sllm-progress": "chunk"}
         )
         await client.read_until(b"\r\n\r\n")
-        seen = []
+        seen: list[dict[str, Any]] = []
         while not any(chunk["loading"]["total"] for chunk in seen):
             line = await client.read_until(b"\n\n")
             assert b"\n: " not in line
@@ -285,3 +286,35 @@ async def test_a_full_agent_sends_the_request_to_a_load_elsewhere(cluster):
     c.agents[0].queue_max = 0
     assert (await c.chat("m")).status == 200
     assert len(c.agents[1].requests) == 1
+
+
+async def test_a_models_status_says_how_far_it_is(cluster):
+    c = await cluster(load_agents_max=1, failure_cache_s=60.0)
+    await c.register("m", aliases=["short"])
+
+    async def status(name="short"):
+        return (await c.ask(f"/v1/models/{name}")).json()["status"]
+
+    cold = {
+        "state": "cold", "stage": "", "bytes": 0, "total": None, "agents_ready": 0,
+        "cache_level": "",
+    }  # fmt: skip
+    assert await status() == cold
+    agent = c.agents[0]
+    agent.load_gate.clear()
+    asking = asyncio.create_task(c.chat("m"))
+    await c.until(lambda: c.front._room.progress_of("m") is not None)
+    while (seen := await status())["total"] is None:
+        assert seen["state"] == "loading"
+    assert seen == cold | {"state": "loading", "stage": "nvme→dram", "bytes": 5, "total": 10}
+    agent.load_error = LoadFailed("the engine said no")
+    agent.load_gate.set()
+    await asking
+    failed = await status()
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "load_failed")
+    assert len(agent.loads) == 1, "looking wakes nothing"
+    agent.load_error = None
+    await c.warm("m")
+    listed = (await c.ask("/v1/models")).json()["data"]
+    assert [(model["id"], model["status"]["state"]) for model in listed] == [("m", "ready")]
+    assert (await status())["agents_ready"] == 1

@@ -7,6 +7,8 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from serverlessllm.openai.models import ModelStatus
+
 
 class PromptDetails(msgspec.Struct, frozen=True, kw_only=True):
     """What the prompt's tokens were."""
@@ -220,6 +222,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     """Unix time."""
     owned_by: str
+    status: ModelStatus
+    """How ready it is."""
 
 
 class ModelPage(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from urllib.parse import unquote
 
 from serverlessllm.core.apikeys import Scope
 from serverlessllm.core.clock import Clock
@@ -12,7 +11,6 @@ from serverlessllm.core.errors import (
     BackendProtocolError,
     Draining,
     MethodNotAllowed,
-    ModelNotFound,
     RouteNotFound,
     SLLMError,
     Unavailable,
@@ -23,12 +21,10 @@ from serverlessllm.edge.server import Request
 from serverlessllm.edge.steps import in_task
 from serverlessllm.edge.upstream import UpstreamError, Upstreams
 from serverlessllm.openai.errors import render_error
-from serverlessllm.openai.models import list_body, model_body, model_object
 from serverlessllm.openai.request import parse_chat, parse_completion, parse_embeddings
 from serverlessllm.openai.rerank import parse_rerank
 from serverlessllm.openai.sse import error_event
 from serverlessllm.openai.tokenize import parse_detokenize, parse_tokenize
-from serverlessllm.orchestrator.loads import unknown_model
 from serverlessllm.orchestrator.rest.guard import ANY, Caller, Guard, PasswordWanted, caller_of
 from serverlessllm.orchestrator.rest.idempotency import IDEMPOTENCY_HEADER, Replays
 from serverlessllm.orchestrator.rest.inference import Inference, Parse
@@ -52,7 +48,6 @@ _DRAINING = Draining("this server is shutting down; send the request again")
 _JSON = (("content-type", "application/json"),)
 _PLAIN = "text/plain; charset=utf-8"
 _OPENAI = "/v1/"
-_MODEL = "/v1/models/"
 _ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _PARSERS: dict[str, Parse] = {
     "/v1/chat/completions": parse_chat,
@@ -101,8 +96,6 @@ class Routes:
                 Route(path="/livez", methods=GET, serve=_alive, scope=None),
                 Route(path="/readyz", methods=GET, serve=self._readyz, scope=None),
                 Route(path="/metrics", methods=GET, serve=self._metrics, scope=Scope.METRICS),
-                Route(path="/v1/models", methods=GET, serve=self._list_models),
-                Route(path=_MODEL, methods=GET, serve=self._show_model),
                 Route(path="/api/", methods=_ANY, serve=self._manage, scope=Scope.ADMIN),
                 *routes,
             )
@@ -197,29 +190,6 @@ class Routes:
             await self._replays.answer(request, key, route.serve)
         else:
             await route.serve(request)
-
-    async def _list_models(self, request: Request) -> None:
-        caller, names = caller_of(request), self._view.names
-        models = sorted(
-            (model, record.created_s)
-            for model, record in self._view.models.items()
-            if caller is None or caller.may_use(model, names)
-        )
-        objects = (model_object(*model) for model in models[: self._settings.models_list_max])
-        _json(request, list_body(objects))
-
-    async def _show_model(self, request: Request) -> None:
-        name = unquote(request.path.removeprefix(_MODEL))
-        caller, names = caller_of(request), self._view.names
-        model = names.get(name)
-        if caller is not None:
-            caller.check_model(model or name, names)
-            names = caller.usable(names)
-        if model is None:
-            message = unknown_model(name, self._settings, self._view, names)
-            raise ModelNotFound(message, param="model")
-        created_s = self._view.models[model].created_s
-        _json(request, model_body(model_object(model, created_s)))
 
     async def _readyz(self, request: Request) -> None:
         reason = self._not_ready()
