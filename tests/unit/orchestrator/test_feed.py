@@ -7,6 +7,8 @@ import asyncio
 import msgspec
 import pytest
 
+from serverlessllm.core.apikeys import ApiKey, NewApiKey
+from serverlessllm.core.ids import KeyId
 from serverlessllm.core.models import ModelRecord, ModelSpec
 from serverlessllm.metadata.base import Revision
 from serverlessllm.metadata.registry import Registry, RegistryChange, Resync, Snapshot, StoredModel
@@ -197,3 +199,32 @@ async def test_a_heartbeat_is_dated_by_our_own_clock(fed, registry, clock, settl
     await registry.write_agent(registration, msgspec.structs.replace(make.agent("a")))
     await settle()
     await until(settle, lambda: fed.view.agents["a"].seen_s == clock.now_s())
+
+
+async def test_keys_are_seen_revoked_and_forgotten(fed, registry, metadata, settle):
+    await until(settle, lambda: fed.view.listed)
+    assert not fed.view.keys_asked
+    key, _ = await registry.create_api_key(NewApiKey(name="one"))
+    await until(settle, lambda: key.sha256 in fed.view.api_keys)
+    assert fed.view.keys_asked
+    version = fed.view.keys_version
+    await registry.revoke_api_key(key.id)
+    await until(settle, lambda: fed.view.api_keys[key.sha256].revoked_s is not None)
+    assert fed.view.keys_version > version
+    await metadata.another().delete(f"apikeys/{key.id}")
+    await until(settle, lambda: not fed.view.api_keys)
+    assert fed.view.keys_asked
+
+
+async def test_a_key_that_cannot_be_read_shuts_the_door_all_the_same(clock, metadata, settle):
+    newer = ApiKey(schema_version=99, id=KeyId("key_new"), name="new", sha256="0" * 64)
+    await metadata.another().put("apikeys/key_new", msgspec.json.encode(newer))
+    made = Fed(clock, Registry(metadata))
+    try:
+        await until(settle, lambda: made.view.listed)
+        assert made.view.keys_asked
+        assert not made.view.api_keys
+    finally:
+        made.task.cancel()
+        await asyncio.gather(made.task, return_exceptions=True)
+        await metadata.close()
