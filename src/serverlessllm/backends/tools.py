@@ -87,6 +87,15 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     def names(self) -> list[str]:
         return [tool.function.name for tool in self.tools]
 
+    def told(self) -> list[object]:
+        """As a template writes them: without what is not said."""
+        told: list[object] = []
+        for tool in self.tools:
+            fields = msgspec.json.decode(msgspec.json.encode(tool.function), type=dict[str, object])
+            said = {name: value for name, value in fields.items() if value is not None}
+            told.append({"type": "function", "function": said})
+        return told
+
 
 def offered(fields: ToolFields) -> Offer:
     """The tools that the request's choice leaves.

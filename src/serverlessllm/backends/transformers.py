@@ -20,6 +20,7 @@ from serverlessllm.backends.base import (
     Offer,
     Refusal,
 )
+from serverlessllm.backends.dialect import GENERATION, Dialect, Operation, PlainDialect
 from serverlessllm.backends.options import parse_options
 from serverlessllm.checkpoint.index import KIND_TENSORS, Index, Tensor
 from serverlessllm.checkpoint.quantized import private_bytes
@@ -100,7 +101,7 @@ class Transformers:
     stats_path = "/stats"
 
     def installed(self) -> Refusal | None:
-        for module in ("torch", "transformers", "compressed_tensors"):
+        for module in ("torch", "transformers", "compressed_tensors", "llguidance"):
             if importlib.util.find_spec(module) is None:
                 return Refusal(reason="not installed: pip install 'serverlessllm[torch]'")
         return None
@@ -153,6 +154,14 @@ class Transformers:
             template=_TEMPLATE,
             tells_ready=True,
         )
+
+    def dialect(self, spec: ModelSpec) -> Dialect:
+        """`backends.dialect.Speaks`: our own server has what the library can do."""
+        options = parse_options(spec.options, TransformersOptions)
+        if isinstance(options, Refusal):
+            raise AssertionError("dialect without can_serve")
+        has = GENERATION | {Operation.TOKENIZE, Operation.DETOKENIZE}
+        return PlainDialect(operations=has if options.embeddings else has - {Operation.EMBEDDINGS})
 
     def parse_stats(self, body: bytes) -> BackendStats:
         return msgspec.json.decode(body, type=BackendStats)

@@ -77,6 +77,25 @@ def chat(**fields: object) -> dict[str, object]:
     } | fields
 
 
+def schema(schema: dict[str, object]) -> dict[str, object]:
+    """A `response_format`."""
+    return {"type": "json_schema", "json_schema": {"name": "form", "schema": schema}}
+
+
+ANSWER = {
+    "type": "object",
+    "properties": {"wakes": {"type": "boolean"}, "kind": {"enum": ["cold", "warm"]}},
+    "required": ["wakes", "kind"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "wake", "parameters": ANSWER}},
+    {"type": "function", "function": {"name": "sleep", "parameters": {"$ref": "#/$defs/time",
+     "$defs": {"time": {"type": "object", "properties": {"s": {"enum": [1, 2]}},
+     "required": ["s"], "additionalProperties": False}}}}},
+]  # fmt: skip
+
+
 def content(answer: Any, choice: int = 0) -> str:
     text: str = answer["choices"][choice]["message"]["content"]
     return text
@@ -112,13 +131,14 @@ def start(
     client: Upstreams,
     templates: Templates | None,
     descriptors: Mapping[str, int] | None = None,
+    context: int = CONTEXT,
 ) -> Engine:
     run_dir = folder / "run"
     run_dir.mkdir(mode=0o700)
     plan = Transformers().launch(
         Launch(
             instance=InstanceId("i"),
-            spec=ModelSpec(model=MODEL, options={"context": str(CONTEXT), "threads": "1"}),
+            spec=ModelSpec(model=MODEL, options={"context": str(context), "threads": "1"}),
             index=checkpoint.index,
             model_path=checkpoint.bin_path,
             index_path=checkpoint.idx_path,
@@ -149,6 +169,23 @@ async def engine(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Engine]:
     engine = start(checkpoint, tmp_path_factory.mktemp("engine"), client, templates)
+    try:
+        await engine.process.wait_ready(client)
+        yield engine
+    finally:
+        await engine.process.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def roomy(
+    checkpoint: Converted,
+    templates: Templates,
+    client: Upstreams,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Engine]:
+    """One whose context has room for tools, a byte a token."""
+    folder = tmp_path_factory.mktemp("roomy")
+    engine = start(checkpoint, folder, client, templates, context=2048)
     try:
         await engine.process.wait_ready(client)
         yield engine
@@ -244,12 +281,16 @@ async def test_a_bias_forbids_a_token(engine: Engine) -> None:
         (CHAT, {"messages": []}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools"),
-        (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        (CHAT, {"functions": [{"name": "f"}]}, "functions"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"response_format": {"type": "yaml"}}, "response_format"),
+        (CHAT, {"response_format": schema({"type": "no such type"})}, "response_format"),
         (CHAT, {"logit_bias": {"word": 1}}, "logit_bias"),
         (CHAT, {"logit_bias": {"100000": 1}}, "logit_bias"),
         (CHAT, {"logit_bias": {"-1": 1}}, "logit_bias"),
         (CHAT, {"max_tokens": 0}, "max_tokens"),
-        (CHAT, {"messages": [{"role": "tool", "content": "5"}]}, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "judge", "content": "5"}]}, "messages[0].role"),
         (
             CHAT,
             {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
@@ -259,9 +300,13 @@ async def test_a_bias_forbids_a_token(engine: Engine) -> None:
         ("/v1/completions", {"prompt": []}, "prompt"),
         ("/v1/completions", {"prompt": [1, "a"]}, "prompt"),
         ("/v1/completions", {"prompt": [100_000]}, "prompt"),
-        ("/v1/completions", {"prompt": "a", "best_of": 3}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "best_of": 1, "n": 2}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
+        ("/v1/completions", {"prompt": ["a"], "suffix": "b"}, "suffix"),
         ("/v1/completions", {"prompt": ["a"] * 9, "n": 99}, "n"),
-        ("/v1/embeddings", {"input": "a", "dimensions": 4}, "dimensions"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 0}, "dimensions"),
+        ("/v1/detokenize", {"model": "m", "tokens": [100_000]}, "tokens"),
     ],
 )
 async def test_what_cannot_be_done_is_refused_by_its_name(
@@ -272,6 +317,128 @@ async def test_what_cannot_be_done_is_refused_by_its_name(
     assert status == 400
     assert answer["error"]["param"].startswith(param)
     assert answer["error"]["type"] == "invalid_request_error"
+
+
+async def test_an_answer_holds_its_schema(engine: Engine) -> None:
+    fields = {"response_format": schema(ANSWER), "max_tokens": 60, "temperature": 1, "n": 3}
+    answer = await engine.chat(**fields)
+    for place in range(3):
+        said = json.loads(content(answer, place))
+        assert isinstance(said["wakes"], bool)
+        assert said["kind"] in {"cold", "warm"}
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+
+
+async def test_an_answer_is_an_object_if_it_must_be(engine: Engine) -> None:
+    answer = await engine.chat(response_format={"type": "json_object"}, max_tokens=3)
+    assert content(answer).startswith("{")
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "sleep"}}]
+)
+async def test_an_answer_is_a_call_if_it_must_be(roomy: Engine, choice: object) -> None:
+    asked = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 80, "temperature": 1}
+    answer = (await roomy.chat(**asked))["choices"][0]
+    (call,) = answer["message"]["tool_calls"]
+    assert answer["message"]["content"] is None
+    assert answer["finish_reason"] == "tool_calls"
+    arguments = json.loads(call["function"]["arguments"])
+    if call["function"]["name"] == "sleep":
+        assert arguments["s"] in {1, 2}
+    else:
+        assert choice == "required"
+        assert set(arguments) == {"wakes", "kind"}
+
+
+async def test_a_call_comes_in_parts_that_make_one(roomy: Engine) -> None:
+    asked = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 80, "seed": 3}
+    whole = (await roomy.chat(**asked))["choices"][0]["message"]["tool_calls"][0]["function"]
+    events = await roomy.stream(CHAT, chat(stream=True, **asked))
+    deltas = [event["choices"][0]["delta"] for event in events]
+    parts = [part for delta in deltas for part in delta.get("tool_calls", ())]
+    assert [part["index"] for part in parts] == [0] * len(parts)
+    assert [bool(part.get("id")) for part in parts] == [True] + [False] * (len(parts) - 1)
+    assert parts[0]["function"]["name"] == whole["name"]
+    assert "".join(part["function"]["arguments"] for part in parts) == whole["arguments"]
+    assert not any(delta.get("content") for delta in deltas)
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_a_chat_may_tell_of_calls_and_what_they_returned(roomy: Engine) -> None:
+    called = {"id": "c", "type": "function", "function": {"name": "wake", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "wake"},
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "c", "content": "one"},
+    ]
+    plain = await roomy.chat(messages=messages[:1])
+    told = await roomy.chat(messages=messages, tools=TOOLS)
+    assert told["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"] + 20
+    silent = await roomy.chat(messages=messages[:1], tools=TOOLS, tool_choice="none")
+    assert silent["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+
+
+async def test_a_prompt_is_scored_as_its_tokens_would_be_if_they_were_answers(
+    engine: Engine,
+) -> None:
+    fields = {"temperature": 0, "logprobs": 2, "max_tokens": 4}
+    _, answer = await engine.ask("/v1/completions", {"prompt": [1, 265, 266]} | fields)
+    generated = answer["choices"][0]["logprobs"]
+    tokens = [WORDS.index(token.strip()) + 259 for token in generated["tokens"]]
+    prompt = {"prompt": [1, 265, 266, *tokens], "echo": True}
+    _, answer = await engine.ask("/v1/completions", prompt | fields | {"max_tokens": 0})
+    (choice,) = answer["choices"]
+    scores = choice["logprobs"]
+    assert choice["text"].strip() == "wakes sleeps" + "".join(generated["tokens"])
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 0
+    assert scores["token_logprobs"][0] is None
+    assert scores["token_logprobs"][3:] == pytest.approx(generated["token_logprobs"], abs=1e-3)
+    assert [set(top) for top in scores["top_logprobs"][3:]] == [
+        set(top) for top in generated["top_logprobs"]
+    ]
+    _, answer = await engine.ask("/v1/completions", prompt | fields | {"max_tokens": 2})
+    again = answer["choices"][0]
+    assert again["text"].startswith(choice["text"])
+    assert len(again["logprobs"]["tokens"]) == len(scores["tokens"]) + 2
+    assert again["logprobs"]["text_offset"][-1] < len(again["text"])
+
+
+async def test_the_best_of_several_answers_is_the_likeliest(engine: Engine) -> None:
+    asked = {"prompt": "one", "max_tokens": 3, "temperature": 1.5, "seed": 5, "logprobs": 0}
+    _, all_ = await engine.ask("/v1/completions", asked | {"n": 4})
+    _, best = await engine.ask("/v1/completions", asked | {"n": 2, "best_of": 4})
+    means = sorted(sum(c["logprobs"]["token_logprobs"]) for c in all_["choices"])
+    chosen = [sum(choice["logprobs"]["token_logprobs"]) for choice in best["choices"]]
+    assert chosen == pytest.approx([means[-1], means[-2]], abs=1e-3)
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert best["usage"]["completion_tokens"] == all_["usage"]["completion_tokens"]
+
+
+async def test_unlikely_tokens_are_left_out(engine: Engine) -> None:
+    likeliest = content(await engine.chat())
+    assert content(await engine.chat(temperature=2, min_p=1)) == likeliest
+
+
+async def test_tokens_and_back(roomy: Engine) -> None:
+    _, text = await roomy.ask("/v1/tokenize", {"prompt": "red", "return_token_strs": True})
+    assert text["token_strs"] == ["r", "e", "d"]
+    assert text["count"] == len(text["tokens"])
+    assert text["max_model_len"] == 2048
+    _, back = await roomy.ask("/v1/detokenize", {"model": "m", "tokens": text["tokens"]})
+    assert back["prompt"] == "red"
+    _, counted = await roomy.ask("/v1/tokenize", {"messages": chat()["messages"], "tools": TOOLS})
+    answer = await roomy.chat(tools=TOOLS)
+    assert counted["count"] == answer["usage"]["prompt_tokens"]
+
+
+async def test_embeddings_may_be_shorter(engine: Engine) -> None:
+    status, answer = await engine.ask("/v1/embeddings", {"input": "a red", "dimensions": 4})
+    assert status == 200
+    vector = answer["data"][0]["embedding"]
+    assert len(vector) == 4
+    assert sum(value * value for value in vector) == pytest.approx(1, abs=1e-3)
 
 
 async def test_a_prompt_longer_than_the_context_is_refused(engine: Engine) -> None:

@@ -19,6 +19,7 @@ _LIBRARIES = (
     "transformers.models.auto.modeling_auto",
     "transformers.utils.chat_template_utils",
     "tokenizers",
+    "llguidance",
     "jinja2.sandbox",
     "serverlessllm.backends.inside.quantize.running",
     "serverlessllm.backends.inside.transformers.server",

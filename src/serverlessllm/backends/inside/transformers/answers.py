@@ -9,9 +9,13 @@ from typing import Literal
 
 import msgspec
 
+from serverlessllm.backends.calls import Calls, Delta, delta_fields, message_fields
+from serverlessllm.backends.inside.transformers.constraints import Constraint
 from serverlessllm.backends.inside.transformers.generation import Generation, Generator, Update
 from serverlessllm.backends.inside.transformers.sampling import Sampling, Score
 from serverlessllm.backends.inside.transformers.text import Decoder, Stops, Text
+from serverlessllm.backends.offsets import token_offsets
+from serverlessllm.backends.tools import Offer
 
 Kind = Literal["chat", "text"]
 
@@ -20,10 +24,22 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """What can be said of one choice at once."""
 
     index: int
-    text: str
-    tokens: list[tuple[int, Score]]
-    """With their scores, where they were asked for."""
+    deltas: list[Delta]
+    tokens: list[tuple[int, Score | None]]
+    """With their scores, where they were asked for; a prompt's first token has none."""
     finish_reason: str | None
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+
+class Echo(msgspec.Struct, frozen=True):
+    """A prompt that its answer repeats."""
+
+    text: str
+    tokens: list[tuple[int, Score | None]] = []
+    """Where scores were asked for."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,8 +48,11 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     prompt: list[int]
     sampling: Sampling
     tokens_max: int
-    echo: str = ""
-    """Said before the answer."""
+    """0: the prompt only."""
+    echo: Echo | None = None
+    constraint: Constraint | None = None
+    offer: Offer = Offer()
+    """What it may call."""
 
 
 class Choice:
@@ -46,7 +65,8 @@ class Choice:
         self.generation: Generation
         self._decoder = Decoder(text, order.prompt)
         self._stops = Stops(stops)
-        self._held: list[tuple[int, Score]] = []
+        self._calls = Calls(order.offer.names, listed_only=order.offer.forced)
+        self._held: list[tuple[int, Score | None]] = []
         self._echo = order.echo
 
     def take(self, update: Update, eos: frozenset[int]) -> Piece | None:
@@ -60,13 +80,30 @@ class Choice:
         if update.finished:
             text += self._decoder.rest()
         text = self._stops.push(text, whole=update.finished)
-        if update.finished or self._stops.hit:
+        over = update.finished or self._stops.hit
+        deltas = self._calls.push(text, whole=over)
+        if over:
             self.finish_reason = "stop" if ended or self._stops.hit else "length"
-        if not text and self.finish_reason is None and not self._echo:
+            if self._calls.count and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        if not deltas and self.finish_reason is None and self._echo is None:
             return None
-        held, self._held = self._held, []
-        text, self._echo = self._echo + text, ""
-        return Piece(index=self.index, text=text, tokens=held, finish_reason=self.finish_reason)
+        return self._piece(deltas)
+
+    def nothing(self) -> Piece:
+        """All of an answer that was to have no tokens."""
+        self.finish_reason = "length"
+        return self._piece([])
+
+    def _piece(self, deltas: list[Delta]) -> Piece:
+        tokens, self._held = self._held, []
+        echo, self._echo = self._echo, None
+        if echo is not None:
+            deltas = [Delta(text=echo.text), *deltas]
+            tokens = [*echo.tokens, *tokens]
+        return Piece(
+            index=self.index, deltas=deltas, tokens=tokens, finish_reason=self.finish_reason
+        )
 
 
 class Answer:
@@ -102,12 +139,16 @@ class Answer:
             SLLMError: the engine failed.
         """
         for choice, order in zip(self.choices, self._orders, strict=True):
+            if not order.tokens_max:
+                yield choice.nothing()
+                continue
             choice.generation = self._generator.submit(
                 order.prompt,
                 order.sampling,
                 order.tokens_max,
                 self._eos,
                 partial(self._take, choice.index),
+                order.constraint,
             )
             self._started.append(choice)
         while any(choice.finish_reason is None for choice in self.choices):
@@ -136,6 +177,31 @@ class Answer:
         self._updates.put_nowait((index, update))
 
 
+def joined(parts: Sequence[Piece]) -> Piece:
+    """All of one choice."""
+    return Piece(
+        index=parts[-1].index,
+        deltas=[delta for part in parts for delta in part.deltas],
+        tokens=[token for part in parts for token in part.tokens],
+        finish_reason=parts[-1].finish_reason,
+    )
+
+
+def likeliest(pieces: Sequence[Piece], made: int, wanted: int) -> list[Piece]:
+    """Of each `made` whole answers the `wanted` likeliest, by token, so that a short one is not
+    the better one; they are numbered anew."""
+    chosen: list[Piece] = []
+    for start in range(0, len(pieces), made):
+        some = sorted(pieces[start : start + made], key=_unlikelihood)[:wanted]
+        chosen += some
+    return [msgspec.structs.replace(piece, index=index) for index, piece in enumerate(chosen)]
+
+
+def _unlikelihood(piece: Piece) -> float:
+    scores = [score.logprob for _, score in piece.tokens if score is not None]
+    return -sum(scores) / len(scores) if scores else 0.0
+
+
 class Shape:
     """How one request's choices are written."""
 
@@ -157,7 +223,7 @@ class Shape:
         """The choice of one streamed chunk."""
         choice: dict[str, object] = {"index": piece.index, "finish_reason": piece.finish_reason}
         if self._kind == "chat":
-            choice["delta"] = {"content": piece.text} if piece.text else {}
+            choice["delta"] = delta_fields(piece.deltas)
         else:
             choice["text"] = piece.text
         choice["logprobs"] = self._scores(piece) if self._scored and piece.tokens else None
@@ -167,7 +233,8 @@ class Shape:
         """The choice of an answer at once: `piece` is all of it."""
         choice: dict[str, object] = {"index": piece.index, "finish_reason": piece.finish_reason}
         if self._kind == "chat":
-            choice["message"] = {"role": "assistant", "content": piece.text, "refusal": None}
+            said = message_fields(piece.deltas)
+            choice["message"] = {"role": "assistant", "refusal": None} | said
         else:
             choice["text"] = piece.text
         choice["logprobs"] = self._scores(piece) if self._scored else None
@@ -178,22 +245,19 @@ class Shape:
             return {"content": [self._chat_score(*pair) for pair in piece.tokens], "refusal": None}
         names = [self._text.token(token)[0] for token, _ in piece.tokens]
         offset = self._offsets.get(piece.index, 0)
-        offsets = []
-        for name in names:
-            offsets.append(offset)
-            offset += len(name)
-        self._offsets[piece.index] = offset
+        self._offsets[piece.index] = offset + len(piece.text)
         return {
             "tokens": names,
-            "token_logprobs": [score.logprob for _, score in piece.tokens],
+            "token_logprobs": [score and score.logprob for _, score in piece.tokens],
             "top_logprobs": [
-                {self._text.token(token)[0]: logprob for token, logprob in score.alternatives}
+                score and {self._text.token(token)[0]: value for token, value in score.alternatives}
                 for _, score in piece.tokens
             ],
-            "text_offset": offsets,
+            "text_offset": token_offsets(piece.text, names, offset),
         }
 
-    def _chat_score(self, token: int, score: Score) -> dict[str, object]:
+    def _chat_score(self, token: int, score: Score | None) -> dict[str, object]:
+        assert score is not None, "only of a prompt's first token there is none"
         others = [self._named(*alternative) for alternative in score.alternatives]
         return self._named(token, score.logprob) | {"top_logprobs": others}
 

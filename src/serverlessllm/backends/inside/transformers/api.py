@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import uuid
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TypeVar, cast
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
-import torch
-from transformers import PreTrainedModel
 
 from serverlessllm.backends.base import BackendStats
-from serverlessllm.backends.inside.transformers.answers import Answer, Kind, Order, Piece, Shape
+from serverlessllm.backends.inside.transformers.answers import (
+    Answer,
+    Echo,
+    Kind,
+    Order,
+    Piece,
+    Shape,
+    joined,
+    likeliest,
+)
 from serverlessllm.backends.inside.transformers.arrivals import Wait
 from serverlessllm.backends.inside.transformers.asks import (
     ANSWERS_MAX,
@@ -24,24 +27,28 @@ from serverlessllm.backends.inside.transformers.asks import (
     CompletionAsk,
     Defaults,
     EmbeddingAsk,
+    TokenizeAsk,
     read,
     sampling,
+    schema,
     texts,
 )
+from serverlessllm.backends.inside.transformers.constraints import Grammars
 from serverlessllm.backends.inside.transformers.generation import Generator
+from serverlessllm.backends.inside.transformers.messages import templated
+from serverlessllm.backends.inside.transformers.reading import Reader
 from serverlessllm.backends.inside.transformers.text import Text
 from serverlessllm.backends.inside.transformers.weights import Weights
+from serverlessllm.backends.tools import calls_schema
 from serverlessllm.core.clock import wall_s
 from serverlessllm.core.errors import InvalidRequest, MethodNotAllowed, RouteNotFound, SLLMError
 from serverlessllm.edge.server import Request
-from serverlessllm.openai.errors import ContextTooLong, error_body
+from serverlessllm.openai.errors import error_body
 from serverlessllm.openai.sse import DONE, EVENT_STREAM_HEADERS
+from serverlessllm.openai.tokenize import DetokenizeRequest
 
 _JSON = (("content-type", "application/json"),)
-_LONG_CHARS = 16_384
-"""A longer text is made into tokens beside the event loop."""
 _encoder = msgspec.json.Encoder()
-_T = TypeVar("_T")
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,16 +82,20 @@ class Api:
         self._generator = generator
         self._defaults = defaults
         self._eos = eos
-        self._context = context
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
-        self._aside = 0
+        self._grammars = Grammars(text, sorted(eos))
+        self._reader = Reader(text, weights, generator, context)
         self._routes: dict[tuple[str, str], Callable[[Request], object]] = {
             ("GET", "/health"): lambda request: request.respond(200, _JSON, b'{"status":"ok"}'),
             ("GET", "/stats"): lambda request: self._tell(request, self._stats()),
             ("GET", "/trace"): lambda request: self._tell(request, self._trace()),
             ("GET", "/v1/models"): lambda request: self._tell(request, self._models()),
         }
-        self._posts = {"/v1/chat/completions": self._chat, "/v1/completions": self._complete}
+        self._posts: dict[str, Callable[[Request], Awaitable[None]]] = {
+            "/v1/chat/completions": self._chat,
+            "/v1/completions": self._complete,
+            "/v1/tokenize": self._tokenize,
+            "/v1/detokenize": self._detokenize,
+        }
         if embeddings:
             self._posts["/v1/embeddings"] = self._embed
 
@@ -102,35 +113,58 @@ class Api:
 
     async def _chat(self, request: Request) -> None:
         ask = read(await request.body(), ChatAsk)
-        messages = ask.chat()
-        size = sum(len(message.content) for message in messages)
-        prompt = await self._beside_if(
-            size > _LONG_CHARS,
-            lambda: self._text.encode_chat(
-                messages,
-                generation_prompt=ask.add_generation_prompt and not ask.continue_final_message,
-                continue_last=ask.continue_final_message,
-            ),
+        offer = ask.offer
+        prompt = await self._reader.chat(
+            templated(ask.messages),
+            generation_prompt=ask.add_generation_prompt and not ask.continue_final_message,
+            continue_last=ask.continue_final_message,
+            tools=offer.told(),
         )
-        orders = self._orders(ask, "messages", [prompt], [""])
-        await self._answer(request, "chat", ask, orders)
+        form, param = schema(ask), "response_format"
+        if offer.forced:
+            form, param = calls_schema(offer.tools, several=offer.several), "tools"
+        wanted = self._orders(ask, "messages", [prompt], [None], ask.answers)
+        orders = [msgspec.structs.replace(order, offer=offer) for order in wanted]
+        await self._answer(request, "chat", ask, await self._held_to(form, param, orders))
 
     async def _complete(self, request: Request) -> None:
         ask = read(await request.body(), CompletionAsk)
         given = texts("prompt", ask.prompt)
-        prompts = [await self._tokens("prompt", one) for one in given]
-        echoes = [""] * len(given)
+        if ask.suffix and isinstance(ask.prompt, str):
+            prompts = [self._text.encode_gap(ask.prompt, ask.suffix)]
+        else:
+            prompts = [await self._reader.tokens("prompt", one) for one in given]
+        echoes: list[Echo | None] = [None] * len(given)
         if ask.echo:
-            echoes = [one if isinstance(one, str) else self._text.decode(one) for one in given]
-        orders = self._orders(ask, "prompt", prompts, echoes)
+            for place, (one, tokens) in enumerate(zip(given, prompts, strict=True)):
+                self._reader.room("prompt", tokens)
+                text = one if isinstance(one, str) else self._text.decode(one)
+                echoes[place] = Echo(text, await self._reader.scored(tokens, ask.logprobs))
+        orders = self._orders(ask, "prompt", prompts, echoes, ask.made)
+        orders = await self._held_to(schema(ask), "response_format", orders)
         await self._answer(request, "text", ask, orders)
+
+    async def _held_to(
+        self, form: dict[str, object] | None, param: str, orders: list[Order]
+    ) -> list[Order]:
+        """The orders, each to be JSON of this schema, if there is one."""
+        if form is None:
+            return orders
+        constraints = await self._reader.beside(
+            lambda: self._grammars.constraint(form, param=param, answers=len(orders))
+        )
+        return [
+            msgspec.structs.replace(order, constraint=constraint)
+            for order, constraint in zip(orders, constraints, strict=True)
+        ]
 
     def _orders(
         self,
         ask: ChatAsk | CompletionAsk,
         param: str,
         prompts: Sequence[list[int]],
-        echoes: Sequence[str],
+        echoes: Sequence[Echo | None],
+        answers: int,
     ) -> list[Order]:
         """Every answer to every prompt.
 
@@ -138,28 +172,17 @@ class Api:
             ContextTooLong: a prompt leaves no room for an answer.
             InvalidRequest: too many answers, or a bias of a token that there is not.
         """
-        if len(prompts) * ask.answers > ANSWERS_MAX:
+        if len(prompts) * answers > ANSWERS_MAX:
             raise InvalidRequest(f"n: at most {ANSWERS_MAX} answers at once", param="n")
         orders = []
         for prompt, echo in zip(prompts, echoes, strict=True):
-            room = self._room(param, prompt)
+            room = self._reader.room(param, prompt)
             wanted = room if ask.tokens_max is None else min(ask.tokens_max, room)
-            for answer in range(ask.answers):
+            for answer in range(answers):
                 chosen = sampling(ask, self._defaults, answer)
-                self._check_ids("logit_bias", chosen.logit_bias)
+                self._reader.check_ids("logit_bias", chosen.logit_bias)
                 orders.append(Order(prompt=prompt, sampling=chosen, tokens_max=wanted, echo=echo))
         return orders
-
-    def _room(self, param: str, prompt: Sequence[int]) -> int:
-        if not prompt:
-            raise InvalidRequest(f"{param}: it has no tokens", param=param)
-        if len(prompt) >= self._context:
-            raise ContextTooLong(
-                f"the prompt has {len(prompt)} tokens, and this model's context is "
-                f"{self._context}, the answer included",
-                param=param,
-            )
-        return self._context - len(prompt)
 
     async def _answer(
         self, request: Request, kind: Kind, ask: ChatAsk | CompletionAsk, orders: list[Order]
@@ -180,7 +203,10 @@ class Api:
             pieces: list[list[Piece]] = [[] for _ in orders]
             async for piece in answer.pieces():
                 pieces[piece.index].append(piece)
-            choices = [shape.whole(_joined(parts)) for parts in pieces]
+            whole = [joined(parts) for parts in pieces]
+            if isinstance(ask, CompletionAsk) and ask.made > ask.answers:
+                whole = likeliest(whole, ask.made, ask.answers)
+            choices = [shape.whole(piece) for piece in whole]
             self._tell(request, head | {"choices": choices, "usage": answer.usage})
 
     async def _stream(
@@ -217,58 +243,26 @@ class Api:
 
     async def _embed(self, request: Request) -> None:
         ask = read(await request.body(), EmbeddingAsk)
-        inputs = [await self._tokens("input", one) for one in texts("input", ask.input)]
+        inputs = [await self._reader.tokens("input", one) for one in texts("input", ask.input)]
         for tokens in inputs:
-            self._room("input", tokens)
+            self._reader.room("input", tokens)
         data = []
-        self._aside += 1
-        try:
-            for index, tokens in enumerate(inputs):
-                vector = await self._beside_if(True, partial(self._vector, tokens))
-                shown = _base64(vector) if ask.encoding_format == "base64" else vector
-                data.append({"object": "embedding", "index": index, "embedding": shown})
-        finally:
-            self._aside -= 1
+        for index, tokens in enumerate(inputs):
+            vector = await self._reader.vector(tokens, ask.dimensions)
+            shown = _base64(vector) if ask.encoding_format == "base64" else vector
+            data.append({"object": "embedding", "index": index, "embedding": shown})
         count = sum(map(len, inputs))
         usage = {"prompt_tokens": count, "total_tokens": count}
         model = ask.model or self._model
         self._tell(request, {"object": "list", "data": data, "model": model, "usage": usage})
 
-    def _vector(self, tokens: list[int]) -> list[float]:
-        """Of length 1: the mean of the last hidden states."""
-        self._weights.wait_all()
-        model: PreTrainedModel = self._weights.model
+    async def _tokenize(self, request: Request) -> None:
+        ask = read(await request.body(), TokenizeAsk)
+        self._tell(request, await self._reader.tokenized(ask))
 
-        def compute() -> torch.Tensor:
-            ids = torch.tensor([tokens], device=model.device)
-            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-            return torch.nn.functional.normalize(states.float().mean(0), dim=0)
-
-        vector: list[float] = self._generator.run_aside(compute).tolist()
-        return vector
-
-    async def _tokens(self, param: str, given: str | list[int]) -> list[int]:
-        """A prompt's tokens.
-
-        Raises:
-            InvalidRequest: a number is not one of the vocabulary.
-        """
-        if isinstance(given, str):
-            return await self._beside_if(len(given) > _LONG_CHARS, lambda: self._text.encode(given))
-        self._check_ids(param, given)
-        return given
-
-    def _check_ids(self, param: str, given: Iterable[int]) -> None:
-        table = cast(torch.nn.Embedding, self._weights.model.get_input_embeddings())
-        vocabulary = table.weight.shape[0]
-        if not all(0 <= token < vocabulary for token in given):
-            raise InvalidRequest(f"{param}: token ids are below {vocabulary}", param=param)
-
-    async def _beside_if(self, beside: bool, work: Callable[[], _T]) -> _T:
-        """Long work in a thread, so that streams go on."""
-        if not beside:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._beside, work)
+    async def _detokenize(self, request: Request) -> None:
+        ask = read(await request.body(), DetokenizeRequest)
+        self._tell(request, self._reader.detokenized(ask))
 
     def _tell(self, request: Request, body: object) -> None:
         request.respond(200, _JSON, _encoder.encode(body))
@@ -276,7 +270,7 @@ class Api:
     def _stats(self) -> BackendStats:
         generator = self._generator
         return BackendStats(
-            running=generator.running + self._aside,
+            running=generator.running + self._reader.working,
             queued=generator.queued,
             kv_hit_rate=generator.kv_hit_rate,
             progress=generator.steps + len(self._weights.arrived_s),
@@ -288,15 +282,6 @@ class Api:
     def _models(self) -> dict[str, object]:
         one = {"id": self._model, "object": "model", "created": 0, "owned_by": "transformers"}
         return {"object": "list", "data": [one]}
-
-
-def _joined(parts: Sequence[Piece]) -> Piece:
-    return Piece(
-        index=parts[-1].index,
-        text="".join(part.text for part in parts),
-        tokens=[token for part in parts for token in part.tokens],
-        finish_reason=parts[-1].finish_reason,
-    )
 
 
 def _event(body: dict[str, object]) -> bytes:

@@ -9,19 +9,25 @@ import re
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, Raw, UnsetType
 
+from serverlessllm.backends.inside.transformers.messages import RawMessage
 from serverlessllm.backends.inside.transformers.sampling import Sampling
-from serverlessllm.backends.inside.transformers.text import Message
+from serverlessllm.backends.tools import Offer, ToolFields, offered
 from serverlessllm.core.errors import InvalidJSON, InvalidRequest
+from serverlessllm.openai.request.tools import (
+    JSONAnswer,
+    ResponseFormat,
+    SchemaAnswer,
+    Tool,
+    ToolChoice,
+)
 
 ANSWERS_MAX = 256
 """Prompts times `n` of one request."""
 _STOPS_MAX = 16
-_ROLES = ("system", "developer", "user", "assistant")
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<field>[^`]*)`")
-_TRIVIAL = ("{}", "[]", "null", '"none"', '"auto"', '{"type":"text"}')
 
 Count = Annotated[int, Meta(ge=1)]
 Number = Annotated[int, Meta(ge=0, le=1 << 31)]
@@ -38,18 +44,6 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
 
 class _StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool = False
-
-
-class _Part(msgspec.Struct, frozen=True):
-    type: str
-    text: str | None = None
-
-
-class _RawMessage(msgspec.Struct, frozen=True):
-    role: str
-    content: str | list[_Part] | None = None
-    tool_calls: msgspec.Raw = msgspec.Raw(b"null")
-    function_call: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +63,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    response_format: msgspec.Raw = msgspec.Raw(b"null")
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def answers(self) -> int:
@@ -97,13 +92,15 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 class ChatAsk(Ask, frozen=True, kw_only=True):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[_RawMessage], Meta(min_length=1)]
+    messages: Annotated[list[RawMessage], Meta(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    tools: msgspec.Raw = msgspec.Raw(b"null")
-    tool_choice: msgspec.Raw = msgspec.Raw(b"null")
-    functions: msgspec.Raw = msgspec.Raw(b"null")
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Raw | UnsetType | None = UNSET
+    function_call: Raw | UnsetType | None = UNSET
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     """The last message is the beginning of the answer."""
@@ -117,22 +114,31 @@ class ChatAsk(Ask, frozen=True, kw_only=True):
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def chat(self) -> list[Message]:
-        """The messages, each one text.
+    @property
+    def offer(self) -> Offer:
+        """What the answer may call.
 
         Raises:
-            InvalidRequest: one has something other than text.
+            InvalidRequest: tools that are no functions, or a choice of none of them.
         """
-        return [_message(place, message) for place, message in enumerate(self.messages)]
+        fields = ToolFields(
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            functions=self.functions,
+            function_call=self.function_call,
+        )
+        return offered(fields)
 
 
 class CompletionAsk(Ask, frozen=True, kw_only=True):
     """`POST /v1/completions`."""
 
     prompt: str | list[str | Number | list[Number]]
+    max_tokens: Number | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     suffix: str | None = None
 
     @property
@@ -143,6 +149,23 @@ class CompletionAsk(Ask, frozen=True, kw_only=True):
     def alternatives(self) -> int | None:
         return self.logprobs
 
+    @property
+    def made(self) -> int:
+        """Answers to each prompt, of which the likeliest are given."""
+        return max(self.best_of or 1, self.answers)
+
+
+class TokenizeAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/tokenize`: a text or a chat."""
+
+    prompt: str | None = None
+    messages: list[RawMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[Tool] | None = None
+    return_token_strs: bool | None = None
+
 
 class EmbeddingAsk(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /v1/embeddings`."""
@@ -150,10 +173,10 @@ class EmbeddingAsk(msgspec.Struct, frozen=True, kw_only=True):
     input: str | list[str | Number | list[Number]]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: msgspec.Raw = msgspec.Raw(b"null")
+    dimensions: Count | None = None
 
 
-Body = TypeVar("Body", ChatAsk, CompletionAsk, EmbeddingAsk)
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 def read(body: bytes, type_: type[Body]) -> Body:
@@ -170,10 +193,6 @@ def read(body: bytes, type_: type[Body]) -> Body:
         raise _explain(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidJSON(f"the body is not JSON: {error}") from None
-    for field in ("tools", "tool_choice", "functions", "response_format", "dimensions"):
-        value: msgspec.Raw | None = getattr(ask, field, None)
-        if value is not None and _says(value):
-            raise InvalidRequest(f"{field}: this model's engine has none", param=field)
     if isinstance(ask, CompletionAsk):
         _check_completion(ask)
     return ask
@@ -201,6 +220,7 @@ def texts(param: str, value: str | list[str | int | list[int]]) -> list[str | li
 
 def sampling(ask: ChatAsk | CompletionAsk, defaults: Defaults, answer: int) -> Sampling:
     """How the `answer`-th answer to a prompt is sampled: each by its own seed."""
+    chosen_by_score = isinstance(ask, CompletionAsk) and ask.made > ask.answers
     return Sampling(
         temperature=_first(ask.temperature, defaults.temperature, 1.0),
         top_p=_first(ask.top_p, defaults.top_p, 1.0),
@@ -210,8 +230,17 @@ def sampling(ask: ChatAsk | CompletionAsk, defaults: Defaults, answer: int) -> S
         frequency_penalty=ask.frequency_penalty or 0.0,
         repetition_penalty=_first(ask.repetition_penalty, defaults.repetition_penalty, 1.0),
         logit_bias=_bias(ask.logit_bias),
-        alternatives=ask.alternatives,
+        min_p=ask.min_p or 0.0,
+        alternatives=0 if ask.alternatives is None and chosen_by_score else ask.alternatives,
     )
+
+
+def schema(ask: Ask) -> dict[str, object] | None:
+    """Of the answer; None: it may be any text."""
+    if isinstance(ask.response_format, SchemaAnswer):
+        said = ask.response_format.json_schema.schema or {}
+        return msgspec.json.decode(msgspec.json.encode(said), type=dict[str, object])
+    return {"type": "object"} if isinstance(ask.response_format, JSONAnswer) else None
 
 
 def _first(asked: float | None, default: float | None, otherwise: float) -> float:
@@ -227,42 +256,13 @@ def _bias(bias: dict[str, float] | None) -> dict[int, float]:
         raise InvalidRequest("logit_bias: keys are token ids", param="logit_bias") from None
 
 
-def _says(value: msgspec.Raw) -> bool:
-    """Whether a field is there to say something."""
-    return bytes(value).decode().replace(" ", "") not in _TRIVIAL
-
-
-def _message(place: int, message: _RawMessage) -> Message:
-    if message.role not in _ROLES:
-        param = f"messages[{place}].role"
-        known = ", ".join(_ROLES)
-        raise InvalidRequest(f"{param}: one of {known}, not {message.role!r}", param=param)
-    for field in ("tool_calls", "function_call"):
-        if _says(getattr(message, field)):
-            param = f"messages[{place}].{field}"
-            raise InvalidRequest(f"{param}: this model's engine has no tools", param=param)
-    # The newer name of the same role, which hardly a chat template knows.
-    role = "system" if message.role == "developer" else message.role
-    return Message(role=role, content=_content(place, message.content))
-
-
-def _content(place: int, content: str | list[_Part] | None) -> str:
-    if not isinstance(content, list):
-        return content or ""
-    for number, part in enumerate(content):
-        if part.type != "text" or part.text is None:
-            param = f"messages[{place}].content[{number}]"
-            raise InvalidRequest(f"{param}: this model reads text only", param=param)
-    return "".join(part.text or "" for part in content)
-
-
 def _check_completion(ask: CompletionAsk) -> None:
-    if ask.suffix:
-        raise InvalidRequest("suffix: this model's engine has none", param="suffix")
-    if ask.best_of is not None and ask.best_of != ask.answers:
-        raise InvalidRequest("best_of: all answers are given, so it must equal n", param="best_of")
-    if ask.echo and ask.logprobs is not None:
-        raise InvalidRequest("echo: log probabilities are of new tokens only", param="echo")
+    if ask.suffix and not isinstance(ask.prompt, str):
+        raise InvalidRequest("suffix: only with one prompt, a text", param="suffix")
+    if ask.best_of is not None and ask.best_of < ask.answers:
+        raise InvalidRequest("best_of: at least n", param="best_of")
+    if ask.stream and ask.made > ask.answers:
+        raise InvalidRequest("best_of: at most n in a stream", param="best_of")
 
 
 def _explain(text: str) -> InvalidRequest | InvalidJSON:

@@ -12,7 +12,7 @@ import itertools
 import math
 import mmap
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 import torch
@@ -28,9 +28,11 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from serverlessllm.backends.inside.transformers.constraints import Constraint
 from serverlessllm.backends.inside.transformers.sampling import Sampler, Sampling, Score, choose
 from serverlessllm.core.errors import LoadFailed, SLLMError, Unavailable
 
+_T = TypeVar("_T")
 WAITING_MAX = 1024
 """Answers in the making or waiting; more are refused. The agent sends far fewer."""
 
@@ -120,6 +122,7 @@ class Generator:
         tokens_max: int,
         eos: frozenset[int],
         take: Callable[[Update], None],
+        constraint: Constraint | None = None,
     ) -> Generation:
         """Queue an answer; `take` is called in this event loop until it is finished.
 
@@ -129,7 +132,7 @@ class Generator:
         if len(self._live) >= WAITING_MAX:
             raise Unavailable("the model's engine has too many requests waiting; try again")
         name = str(next(self._names))
-        generation = Generation(name, Sampler(sampling, prompt), take)
+        generation = Generation(name, Sampler(sampling, prompt, constraint), take)
         self._live[name] = generation
         self._prompt_tokens += len(prompt)
         accepted = self._manager.add_request(
@@ -149,7 +152,7 @@ class Generator:
         if self._forget(generation):
             self._manager.cancel_request(generation.name)
 
-    def run_aside(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def run_aside(self, compute: Callable[[], _T]) -> _T:
         """Compute between two steps; blocks, so call it in a thread."""
         with self._manager.pause(), torch.inference_mode():
             return compute()

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
+from serverlessllm.backends.inside.transformers.constraints import Constraint
+
 _GREEDY_BELOW = 1e-5
 
 
@@ -18,6 +20,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     top_k: int = 0
     """0: all tokens."""
+    min_p: float = 0.0
+    """Tokens that are less likely than this share of the likeliest one are left out."""
     seed: int | None = None
     """Equal seeds give equal answers to equal prompts."""
     presence_penalty: float = 0.0
@@ -57,8 +61,13 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
 class Sampler:
     """Chooses one request's tokens, one after the other."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], constraint: Constraint | None = None
+    ) -> None:
         self.sampling = sampling
+        self.plain = sampling.plain and constraint is None
+        """Whether the most likely token is all that is wanted."""
+        self._constraint = constraint
         self.scores: list[Score] = []
         """One a token, where they were asked for."""
         seed = sampling.seed
@@ -71,12 +80,16 @@ class Sampler:
     def choose(self, logits: torch.Tensor) -> int:
         """The next token by its float32 logits, shape `(vocabulary,)`, which stay as they are."""
         weighed = self._weigh(logits) if self.sampling.weighed else logits
+        if self._constraint is not None:
+            weighed = self._constraint.masked(weighed)
         token = int(weighed.argmax()) if self.sampling.greedy else self._draw(weighed)
         if self.sampling.alternatives is not None:
-            self.scores.append(_score(logits, token, self.sampling.alternatives))
+            self.scores.append(score(logits, token, self.sampling.alternatives))
         if self.sampling.weighed:
             self._counts[token] = self._counts.get(token, 0) + 1
             self._seen.add(token)
+        if self._constraint is not None:
+            self._constraint.take(token)
         return token
 
     def _weigh(self, logits: torch.Tensor) -> torch.Tensor:
@@ -108,6 +121,8 @@ class Sampler:
         shares = logits.softmax(-1)
         if sampling.top_p < 1:  # sorted by now: drop what comes after the share is full
             shares = shares.masked_fill(shares.cumsum(-1) - shares >= max(sampling.top_p, 1e-9), 0)
+        if sampling.min_p:
+            shares = shares.masked_fill(shares < sampling.min_p * shares.max(), 0)
         place = torch.multinomial(shares, 1, generator=self._chance)
         return int(place if ids is None else ids[place])
 
@@ -115,13 +130,14 @@ class Sampler:
 def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     """A token for each row of `logits`, shape `(≥ samplers, vocabulary)`."""
     rows = logits[: len(samplers)]
-    if all(sampler.sampling.plain for sampler in samplers):
+    if all(sampler.plain for sampler in samplers):
         return rows.argmax(-1)
     host = rows.cpu()
     return torch.tensor([sampler.choose(row) for sampler, row in zip(samplers, host, strict=True)])
 
 
-def _score(logits: torch.Tensor, token: int, alternatives: int) -> Score:
+def score(logits: torch.Tensor, token: int, alternatives: int) -> Score:
+    """How likely a token was by its float32 logits, shape `(vocabulary,)`."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(min(alternatives, logits.numel()))
     return Score(

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from serverlessllm.backends.tools import with_tools
 from serverlessllm.core.errors import InvalidRequest, LoadFailed
 
 _CONTEXT_TOKENS = 6
@@ -20,14 +21,42 @@ _CONTEXT_TOKENS = 6
 comes out right."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _render = cast(Callable[..., tuple[list[str], object]], render_jinja_template)
+_GAP_MARKS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+"""What stands before a gap's prefix, its suffix, and what fills it: Qwen's, StarCoder's."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True):
+class CalledFunction(msgspec.Struct, frozen=True):
+    """What a call calls; templates want the arguments decoded."""
+
+    name: str
+    arguments: object
+
+
+class Called(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that an answer made."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: str = "function"
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One of a chat, its content already joined to one text."""
 
     role: str
     content: str
+    tool_calls: list[Called] = []
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @property
+    def of_tools(self) -> bool:
+        """Whether only a template that knows tools can write it."""
+        return bool(self.tool_calls) or self.role == "tool"
 
 
 class Text:
@@ -50,15 +79,22 @@ class Text:
         """The token that ends an answer, by the tokenizer's own word."""
         self._byte_of = _bytes_of_characters()
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt's tokens, with those that the tokenizer begins each text with."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """A prompt's tokens; `special`: with those that the tokenizer begins each text with."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
     def encode_chat(
-        self, messages: Sequence[Message], *, generation_prompt: bool, continue_last: bool
+        self,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool,
+        continue_last: bool,
+        tools: Sequence[object] = (),
+        special: bool = False,
     ) -> list[int]:
-        """A chat's tokens, as the checkpoint's template writes it.
+        """A chat's tokens, as the checkpoint's template writes it; with `special` those before it
+        that the tokenizer begins each text with, which templates mostly write themselves.
 
         Raises:
             InvalidRequest: the model has no template, or the template refuses these messages.
@@ -67,10 +103,14 @@ class Text:
             raise InvalidRequest(
                 "the model has no chat template: ask /v1/completions", param="messages"
             )
+        template = self._template
+        if tools or any(message.of_tools for message in messages):
+            template = with_tools(template)
         try:
             rendered, _ = _render(
                 conversations=[[msgspec.to_builtins(message) for message in messages]],
-                chat_template=self._template,
+                tools=list(tools) or None,
+                chat_template=template,
                 add_generation_prompt=generation_prompt,
                 continue_final_message=continue_last,
                 **self._named,
@@ -79,12 +119,34 @@ class Text:
             raise InvalidRequest(
                 f"messages: the model's chat template refuses them: {error}", param="messages"
             ) from error
-        ids: list[int] = self._tokenizer.encode(rendered[0], add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(rendered[0], add_special_tokens=special).ids
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Their text, without the special ones."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+    def encode_gap(self, before: str, after: str) -> list[int]:
+        """The tokens of a text with a gap, in the form that models for code are trained on.
+
+        Raises:
+            InvalidRequest: this model's vocabulary has no such form.
+        """
+        for marks in _GAP_MARKS:
+            ids: list[int | None] = [self._tokenizer.token_to_id(mark) for mark in marks]
+            tokens = []
+            for mark, part in zip(ids, (before, after, ""), strict=True):
+                if mark is None:
+                    break
+                tokens += [mark, *self.encode(part, special=False)]
+            else:
+                return tokens
+        raise InvalidRequest("suffix: this model fills no gaps", param="suffix")
+
+    def to_json(self) -> str:
+        """The tokenizer, as its `tokenizer.json` has it."""
+        text: str = self._tokenizer.to_str()
+        return text
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Their text; `special`: with that of special ones."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=not special)
         return text
 
     def token(self, number: int) -> tuple[str, list[int]]:
