@@ -57,6 +57,7 @@ Stop = asyncio.Event
 async def serve(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
     """Orchestrator, ingestion and agent in this process, until `stop`."""
     listen, agent_listen = _listen(loaded), _agent_listen(loaded)
+    _grpc_listen(loaded)
     async with (
         _parts(loaded) as parts,
         _running(build_agent(parts, drain_accept_s=0.0), agent_listen) as (agent, _),
@@ -71,6 +72,7 @@ async def serve(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
 async def serve_orchestrator(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
     """The front door and ingestion; agents are other processes."""
     listen = _listen(loaded)
+    _grpc_listen(loaded)
     async with _parts(loaded) as parts, _orchestrator(parts, listen) as (orchestrator, address):
         await _until(stop, address, on_ready)
         await orchestrator.drain()
@@ -365,7 +367,7 @@ def _listen(loaded: Loaded) -> Address:
 
 
 def _grpc_listen(loaded: Loaded) -> Address | None:
-    """None: gRPC is not served."""
+    """Where gRPC clients are served; None: nowhere. Refused as `_listen` is."""
     listen = loaded.settings.orchestrator.grpc_listen
     return None if listen is None else _for_clients(loaded, listen)
 

@@ -202,8 +202,10 @@ def _ms(seconds: float) -> int:
 def _try_to_bind(host: str, port: int) -> None:
     """Raise the `OSError` that gRPC would keep to itself."""
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.create_server(address[:2], family=family):
-        pass
+    try:
+        socket.create_server((str(address[0]), int(address[1])), family=family).close()
+    except OSError as error:
+        raise OSError(error.errno, f"gRPC on {host}:{port}: {error.strerror}") from error
 
 
 def _bracketed(host: str) -> str:
