@@ -82,7 +82,9 @@ def build_document(
     )
     paths: dict[str, _Json] = {}
     for operation in operations:
-        paths.setdefault(operation.path, {})[operation.method] = _operation(operation, components)
+        paths.setdefault(operation.path, {})[operation.method] = _operation(
+            operation, components, error
+        )
     statuses = sorted({status for o in operations for status in o.errors})
     return msgspec.json.encode(
         {
@@ -119,12 +121,13 @@ def build_document(
     )
 
 
-def _operation(operation: Operation, components: Components) -> _Json:
+def _operation(operation: Operation, components: Components, error: type) -> _Json:
     said: _Json = {
         "operationId": _name(operation),
         "tags": [operation.tag],
         "summary": operation.summary,
-        "responses": _answers(operation.answers, components) | _errors(operation, components),
+        "responses": _answers(operation.answers, components, error)
+        | _errors(operation, components),
     }
     if operation.description:
         said["description"] = operation.description
@@ -146,26 +149,41 @@ def _name(operation: Operation) -> str:
     return "_".join([operation.method, *filter(None, words)])
 
 
-def _answers(answers: Iterable[Answer], components: Components) -> _Json:
+def _answers(answers: Iterable[Answer], components: Components, error: type) -> _Json:
     told: dict[str, _Json] = {}
     for answer in answers:
         one = told.setdefault(
             str(answer.status),
             {"description": answer.description, "headers": _headers(answer.status), "content": {}},
         )
-        one["content"][answer.content_type] = _content(answer, components)
+        one["content"][answer.content_type] = _content(answer, components, error)
     return told
 
 
-def _content(answer: Answer, components: Components) -> _Json:
+def _content(answer: Answer, components: Components, error: type) -> _Json:
     if answer.content_type == JSON:
         return {"schema": components.schema(answer.type)}
+    if answer.content_type == EVENTS:
+        return {"schema": _event(answer, components, error)}
     schema: _Json = {"type": "string"}
     if answer.type is not None:
-        reference = components.schema(answer.type)["$ref"].rpartition("/")[2]
-        what = "`data:` of each event" if answer.content_type == EVENTS else "Each line"
-        schema["description"] = f"{what} is a `{reference}`."
+        name = components.schema(answer.type)["$ref"].rpartition("/")[2]
+        schema["description"] = f"Each line is a `{name}`."
     return {"schema": schema}
+
+
+def _event(answer: Answer, components: Components, error: type) -> _Json:
+    """One server-sent event; in OpenAPI 3.1 it stands where the body's schema does."""
+    data: _Json = {"type": "string"}
+    if answer.type is not None:
+        whole = {"anyOf": [components.schema(answer.type), components.schema(error)]}
+        text = {"type": "string", "contentMediaType": JSON, "contentSchema": whole}
+        data = {"anyOf": [text, {"const": "[DONE]"}]}
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"type": "string"}, "data": data},
+    }
 
 
 def _headers(status: int) -> _Json:

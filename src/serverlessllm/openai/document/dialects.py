@@ -18,6 +18,8 @@ from serverlessllm.openai.request.fields import (
     Stop,
     Temperature,
 )
+from serverlessllm.openai.request.patterns import NAME
+from serverlessllm.openai.request.tools import Name
 
 _Json: TypeAlias = dict[str, Any]
 
@@ -36,6 +38,8 @@ def _texts_or(*pieces: _Json) -> _Json:
 
 
 _TEXT: _Json = {"type": "string"}
+_NAME: _Json = {"type": "string", "pattern": NAME}
+_NOTHING: _Json = {"type": "null"}
 _SCHEMA: _Json = {"type": "object"}
 _DATA_URL: _Json = {"type": "string", "pattern": "^data:"}
 
@@ -54,7 +58,8 @@ _INPUT: _Json = _texts_or(
     _piece("function_call_output", call_id=_TEXT, output=_texts_or(*_INPUT_PARTS)),
     _piece("item_reference", id=_TEXT),
 )
-_TOOL: _Json = _piece("function", name=_TEXT)
+_INPUT["anyOf"][1]["minItems"] = 1
+_TOOL: _Json = _piece("function", name=_NAME)
 _TOOL["properties"] |= {
     "description": {"type": ["string", "null"]},
     "parameters": {"type": ["object", "null"]},
@@ -62,16 +67,24 @@ _TOOL["properties"] |= {
 }
 _MODES: _Json = {"enum": ["none", "auto", "required"]}
 
-_SYSTEM: _Json = _texts_or(_piece("text", text=_TEXT))
-_IMAGE: _Json = _piece(
-    "image", source=_piece("base64", media_type={"type": "string"}, data={"type": "string"})
-)
-_BLOCKS: _Json = _texts_or(
+_SYSTEM: _Json = {"anyOf": [*_texts_or(_piece("text", text=_TEXT))["anyOf"], _NOTHING]}
+_IMAGE: _Json = _piece("image", source=_object(type={"const": "base64"}))
+_IMAGE["properties"]["source"]["properties"] |= {"media_type": _TEXT, "data": _TEXT}
+_USER_BLOCKS: _Json = _texts_or(
     _piece("text", text=_TEXT),
     _IMAGE,
-    _piece("tool_use", id=_TEXT, name=_TEXT, input=_SCHEMA),
     _piece("tool_result", tool_use_id=_TEXT, content=_texts_or(_piece("text", text=_TEXT), _IMAGE)),
 )
+_ASSISTANT_BLOCKS: _Json = _texts_or(
+    _piece("text", text=_TEXT), _piece("tool_use", id=_TEXT, name=_TEXT, input=_SCHEMA)
+)
+_TURN: _Json = {
+    "anyOf": [
+        _object(role={"const": "user"}, content=_USER_BLOCKS),
+        _object(role={"const": "assistant"}, content=_ASSISTANT_BLOCKS),
+        _object(role={"const": "system"}, content=_texts_or(_piece("text", text=_TEXT))),
+    ]
+}
 
 
 class ResponseText(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +97,8 @@ class ResponseText(msgspec.Struct, frozen=True, kw_only=True):
                 "anyOf": [
                     _piece("text"),
                     _piece("json_object"),
-                    _piece("json_schema", name=_TEXT, schema=_SCHEMA),
+                    _piece("json_schema", name=_NAME, schema=_SCHEMA),
+                    _NOTHING,
                 ]
             }
         ),
@@ -121,7 +135,7 @@ class ResponseRequest(msgspec.Struct, frozen=True, kw_only=True):
     tools: list[Annotated[Raw, Meta(extra_json_schema=_TOOL)]] | None = None
     """Functions that the model may call."""
     tool_choice: Annotated[
-        Raw, Meta(extra_json_schema={"anyOf": [_MODES, _piece("function", name=_TEXT)]})
+        Raw, Meta(extra_json_schema={"anyOf": [_MODES, _piece("function", name=_TEXT), _NOTHING]})
     ] = msgspec.field(default_factory=Raw)
     parallel_tool_calls: bool | None = None
     text: ResponseText | None = None
@@ -164,18 +178,10 @@ class InputItems(msgspec.Struct, frozen=True, kw_only=True):
     has_more: bool
 
 
-class MessageTurn(msgspec.Struct, frozen=True, kw_only=True):
-    """A message of the conversation."""
-
-    role: Literal["user", "assistant"]
-    content: Annotated[Raw, Meta(extra_json_schema=_BLOCKS)]
-    """A text, or blocks."""
-
-
 class MessageTool(msgspec.Struct, frozen=True, kw_only=True):
     """A tool that the client runs."""
 
-    name: str
+    name: Name
     input_schema: dict[str, Raw]
     """JSON Schema of its input."""
     description: str | None = None
@@ -194,7 +200,7 @@ class PromptToCount(msgspec.Struct, frozen=True, kw_only=True):
     """What a model would be told."""
 
     model: ModelName
-    messages: Annotated[list[MessageTurn], Meta(min_length=1)]
+    messages: Annotated[list[Annotated[Raw, Meta(extra_json_schema=_TURN)]], Meta(min_length=1)]
     """The conversation so far."""
     system: Annotated[Raw, Meta(extra_json_schema=_SYSTEM)] = msgspec.field(default_factory=Raw)
     """What the model shall do, whatever the messages say."""

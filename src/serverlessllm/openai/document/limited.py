@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from serverlessllm.openai.document.dialects import MessageRequest, PromptToCount, ResponseRequest
 from serverlessllm.openai.request import ChatRequest, CompletionRequest, EmbeddingsRequest
 from serverlessllm.openai.request.fields import SampledFields
 from serverlessllm.openai.settings import RequestLimits
@@ -46,5 +47,15 @@ def bounds(kind: type[msgspec.Struct], limits: RequestLimits) -> dict[str, Bound
         found |= {
             "input": Bound(items_max=limits.inputs_max),
             "dimensions": Bound(maximum=limits.dimensions_max),
+        }
+    if issubclass(kind, PromptToCount):
+        found["messages"] = Bound(items_max=limits.messages_max)
+        found["tools"] = Bound(items_max=limits.tools_max)
+    if kind is MessageRequest:
+        found["max_tokens"] = Bound(maximum=limits.max_tokens_max)
+    if kind is ResponseRequest:
+        found |= {
+            "max_output_tokens": Bound(maximum=limits.max_tokens_max),
+            "tools": Bound(items_max=limits.tools_max),
         }
     return found

@@ -19,7 +19,7 @@ from serverlessllm.openai.request.errors import (
     ObjectTooLarge,
     TextTooLong,
 )
-from serverlessllm.openai.request.patterns import DURATION, MODEL, WHOLE_NUMBER
+from serverlessllm.openai.request.patterns import DURATION, ID_AS_KEY, MODEL
 from serverlessllm.openai.settings import RequestLimits
 
 Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=2)]
@@ -32,13 +32,17 @@ TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 Stop: TypeAlias = Annotated[str, Meta(min_length=1)]
 Identifier: TypeAlias = Annotated[str, Meta(max_length=512)]
-ModelName: TypeAlias = Annotated[str, Meta(extra_json_schema={"pattern": MODEL})]
+MODEL_FORM = Meta(extra_json_schema={"pattern": MODEL})
+"""Told, not checked: `parse_model_id` does that, with an error of its own."""
+ModelName: TypeAlias = Annotated[str, MODEL_FORM]
+SECONDS_FORM = Meta(extra_json_schema={"anyOf": [{"minimum": 0}, {"const": -1}]})
+"""Told, not checked: `parse_duration_s` does that."""
 KeepAlive: TypeAlias = (
     Annotated[str, Meta(max_length=64, extra_json_schema={"pattern": DURATION})]
-    | Annotated[float, Meta(extra_json_schema={"anyOf": [{"minimum": 0}, {"const": -1}]})]
+    | Annotated[float, SECONDS_FORM]
 )
 Biases: TypeAlias = Annotated[
-    dict[TokenId, Bias], Meta(extra_json_schema={"propertyNames": {"pattern": WHOLE_NUMBER}})
+    dict[TokenId, Bias], Meta(extra_json_schema={"propertyNames": {"pattern": ID_AS_KEY}})
 ]
 
 

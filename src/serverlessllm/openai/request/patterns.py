@@ -14,7 +14,8 @@ MODEL = rf"^(?!.*\.\.){_PART}(?:/{_PART})?(?:@{_PART})?$(?!\n)"
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 DURATION = rf"^(?=.)(?:-1|forever|(?:{_NUMBER}(?:ms|s|m|h|d))*(?:{_NUMBER})?)$(?!\n)"
 """As `parse_duration_s` checks it."""
-WHOLE_NUMBER = "^(?:0|[1-9][0-9]{0,9})$(?!\\n)"
+ID_AS_KEY = "^(?:0|[1-9][0-9]{0,8}|1[0-9]{9})$(?!\\n)"
+"""A token's id as a key: what no vocabulary reaches is left out."""
 
 PATTERN_WORDS = {
     DATA_URL: "send media inline, as a data: URL",

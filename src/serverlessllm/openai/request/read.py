@@ -100,11 +100,17 @@ def explain(error: msgspec.ValidationError, inside: str = "") -> InvalidRequest 
     return kind(f"{param}: {words}", param=param)
 
 
+def _words(pattern: str) -> str:
+    """What a text must look like; `pattern` as it stands inside quotes."""
+    known = (words for one, words in PATTERN_WORDS.items() if repr(one)[1:-1] == pattern)
+    return next(known, "has not the form it must have")
+
+
 def _kind(what: str) -> tuple[type[InvalidRequest], str]:
     """Which error it is, and how it is said."""
     pattern = _pattern.match(what)
     if pattern is not None:
-        return InvalidValue, PATTERN_WORDS.get(pattern["pattern"], "has not the form it must have")
+        return InvalidValue, _words(pattern["pattern"])
     words = what[:_WORDS_MAX]
     words = f"{words[:1].lower()}{words[1:]}"
     bound = _bound.match(what)

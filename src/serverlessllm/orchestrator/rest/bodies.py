@@ -12,6 +12,7 @@ from serverlessllm.core.errors import InvalidJSON, InvalidRequest, RequestTooLar
 from serverlessllm.core.ids import ModelId, parse_model_id
 from serverlessllm.core.models import ModelSpec
 from serverlessllm.core.units import FOREVER_S, MIB, parse_duration_s
+from serverlessllm.openai.request.fields import MODEL_FORM, SECONDS_FORM, ModelName
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -22,6 +23,8 @@ OPTIONS_MAX = 64
 TEXT_CHARS_MAX = 4096
 SOURCE_SCHEMES = ("hf", "file", "s3", "az", "gs")
 Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
+SOURCE_FORM = Meta(extra_json_schema={"pattern": f"^(?:{'|'.join(SOURCE_SCHEMES)})://."})
+"""Told, not checked: `check_source` does that, with a message of its own."""
 _LIMIT_DIGITS_MAX = 9
 _WHERE = re.compile(r"(.*) - at `\$\.?(.*)`", re.DOTALL)
 
@@ -31,9 +34,13 @@ class NewModel(
 ):
     """A spec as an operator sends it: a misspelt field is an error, not a default."""
 
+    model: Annotated[ModelId, MODEL_FORM]
+    source: Annotated[str, SOURCE_FORM] | None = None
+    url: Annotated[str, Meta(extra_json_schema={"pattern": "^https?://"})] | None = None
+    keep_alive_s: Annotated[float, SECONDS_FORM] | None = None
     min_replicas: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 0
     max_replicas: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] = 8
-    aliases: Annotated[tuple[str, ...], Meta(max_length=ALIASES_MAX)] = ()
+    aliases: Annotated[tuple[ModelName, ...], Meta(max_length=ALIASES_MAX)] = ()
     options: Annotated[dict[str, Text], Meta(max_length=OPTIONS_MAX)] = field(default_factory=dict)
 
 

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from serverlessllm import __version__
 from serverlessllm.core.apikeys import NewApiKey
@@ -281,14 +281,18 @@ async def _on_error(_: Request, error: Exception) -> Response:
     return _rendered(error)
 
 
-async def _on_http_error(_: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
     if error.status_code == _METHOD_NOT_ALLOWED:
-        allow = (error.headers or {}).get("Allow", "")
-        return _rendered(
-            MethodNotAllowed("this route does not take that method", allow=tuple(allow.split(", ")))
-        )
+        found = {
+            method
+            for route in request.app.routes
+            if route.matches(request.scope)[0] is not Match.NONE
+            for method in route.methods
+        }
+        allow = tuple(sorted(found))
+        return _rendered(MethodNotAllowed(f"this route takes {', '.join(allow)}", allow=allow))
     return _rendered(RouteNotFound("there is no such route"))
 
 

@@ -137,7 +137,9 @@ class Responses:
             Route(path=PATH, methods=("POST",), serve=self._create),
             Route(path=f"{PATH}/input_tokens", methods=("POST",), serve=self._count),
             Route(
-                path=f"{PATH}/", methods=("GET", "HEAD", "POST", "DELETE"), serve=self._serve_kept
+                path=f"{PATH}/",
+                methods=("GET", "HEAD", "POST", "DELETE", "OPTIONS"),
+                serve=self._serve_kept,
             ),
         )
 
@@ -198,9 +200,10 @@ class Responses:
             raise InvalidRequest("only responses made in the background can be cancelled")
         if request.method == "POST" or (slash and rest != "input_items"):
             raise RouteNotFound(f"there is no {request.path[:200]}")
+        allow = GET if rest else (*GET, "DELETE")
+        if request.method not in allow:
+            raise MethodNotAllowed(f"{request.path[:200]} takes GET", allow=allow)
         if rest:
-            if request.method == "DELETE":
-                raise MethodNotAllowed("input_items takes GET", allow=GET)
             kept = self.kept.get(scope_of(request), response_id)
             request.respond(OK, (JSON,), _encoder.encode(page(kept.given, request.query)))
         elif request.method == "DELETE":

@@ -48,7 +48,7 @@ _DRAINING = Draining("this server is shutting down; send the request again")
 _JSON = (("content-type", "application/json"),)
 _PLAIN = "text/plain; charset=utf-8"
 _OPENAI = "/v1/"
-_ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+_ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _PARSERS: dict[str, Parse] = {
     "/v1/chat/completions": parse_chat,
     "/v1/completions": parse_completion,

@@ -29,6 +29,7 @@ from serverlessllm.core.apikeys import ApiKey, Scope
 from serverlessllm.core.cluster import AgentRecord, CacheLevel, JobRecord, ModelOnAgent
 from serverlessllm.core.ids import AgentId, KeyId, ModelId
 from serverlessllm.core.models import CheckpointRef, ModelSpec
+from serverlessllm.openai.request.fields import KeepAlive, ModelName
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,13 +81,13 @@ class Deleted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    model: str
-    keep_alive: float | str | None = None
+    model: ModelName
+    keep_alive: KeepAlive | None = None
     """Seconds, a duration (`5m`), 0, or -1."""
 
 
 class UnloadModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    model: str
+    model: ModelName
     cache_level: CacheLevel = CacheLevel.DRAM
     """The nearest tier that keeps the bytes."""
     force: bool = False
@@ -101,7 +102,7 @@ class Unloaded(msgspec.Struct, frozen=True, kw_only=True):
 class PullModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Create the model if it is unknown, then bring its checkpoint into the store."""
 
-    model: str
+    model: ModelName
     source: str | None = None
     """None: the registered spec's, or `hf://` and the name."""
     backend: str | None = None

@@ -17,6 +17,7 @@ from serverlessllm.openai.document.answers import (
 )
 from serverlessllm.openai.document.operation import EVENTS
 from serverlessllm.openai.request import ChatRequest, CompletionRequest, EmbeddingsRequest
+from serverlessllm.openai.request.fields import ModelName
 from serverlessllm.openai.rerank import Reranked, RerankRequest
 from serverlessllm.openai.tokenize import (
     Detokenized,
@@ -37,7 +38,7 @@ WAIT = Parameter(
 AGAIN = Parameter(
     name="idempotency-key",
     where="header",
-    type=Annotated[str, Meta(min_length=1, max_length=255, pattern="^[!-~]+$")],
+    type=Annotated[str, Meta(min_length=1, max_length=255)],
     description="Name of this request: sent again with the same body, it gets the same answer.",
 )
 _EVENTS = "With `stream`: server-sent events, the last of them `[DONE]`."
@@ -135,7 +136,7 @@ INFERENCE = (
             Parameter(
                 name="model",
                 where="path",
-                type=str,
+                type=ModelName,
                 description="Its name or an alias; a `/` in it may stand as it is.",
             ),
         ),

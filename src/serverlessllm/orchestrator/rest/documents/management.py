@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta
 
 from serverlessllm.core.agentapi import LoadEvent
-from serverlessllm.core.apikeys import NewApiKey
+from serverlessllm.core.apikeys import LIMIT_MAX, MODELS_MAX, NAME_CHARS_MAX, NewApiKey, Scope
 from serverlessllm.core.cluster import JobRecord
 from serverlessllm.openai.document import Answer, Operation, Parameter
 from serverlessllm.openai.document.operation import LINES
+from serverlessllm.openai.request.fields import ModelName
 from serverlessllm.orchestrator.rest import wire
 from serverlessllm.orchestrator.rest.bodies import NewModel
 
+_Limit: TypeAlias = Annotated[int, Meta(ge=1, le=LIMIT_MAX)]
+_MODELS = r"^(?=[^*]*(?:\*[^*]*){0,3}$)[A-Za-z0-9._@/*-]{1,256}$"
 _READ = (401, 403, 405)
 _NAMED = (400, 401, 403, 404, 405)
 _CHANGED = (400, 401, 403, 404, 405, 409, 413, 429, 502, 503, 504, 507)
 _MODEL = Parameter(
     name="model",
     where="path",
-    type=str,
+    type=ModelName,
     description="Its name or an alias; a `/` in it may stand as it is.",
 )
+
+
+class NewKey(NewApiKey, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a key shall be."""
+
+    name: Annotated[
+        str,
+        Meta(max_length=NAME_CHARS_MAX, pattern="^[A-Za-z0-9](?:[A-Za-z0-9._@ -]*[A-Za-z0-9])?$"),
+    ]
+    """What people call it."""
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)] = (Scope.INFERENCE,)
+    """The groups of routes that it opens."""
+    models: Annotated[
+        tuple[Annotated[str, Meta(pattern=_MODELS)], ...],
+        Meta(max_length=MODELS_MAX),
+    ] = ()
+    """Names of models that it may use, with up to three `*` in one; empty: all."""
+    expires_s: int | None = None
+    """Unix time, to come."""
+    requests_per_minute: _Limit | None = None
+    tokens_per_minute: _Limit | None = None
+    requests_at_once: _Limit | None = None
 
 
 def _operation(
@@ -144,7 +169,7 @@ MANAGEMENT = (
         "/api/keys",
         "Make an API key",
         wire.CreatedKey,
-        body=NewApiKey,
+        body=NewKey,
         status=201,
         errors=_CHANGED,
     ),
