@@ -35,7 +35,14 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     loads = [load for load in LOADS if not options.load or load.name in options.load]
     with tempfile.TemporaryDirectory(prefix="sllm-edge-") as folder:
-        found = measure(Path(folder), options.peer, loads, options.rounds, options.held)
+        found = measure(
+            Path(folder),
+            options.peer,
+            loads,
+            rounds=options.rounds,
+            held_rounds=options.held,
+            foreign_max=options.foreign,
+        )
     print(tables(found), end="\n\n")
     said = verdicts(found)
     for _, text in said:
@@ -55,6 +62,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--load", action="append", default=[], choices=[x.name for x in LOADS])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--held", type=int, default=3, help="rounds beside slow connections")
+    parser.add_argument(
+        "--foreign", type=float, default=0.3, help="cores that others may use beside a sample"
+    )
     parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md")
     return parser.parse_args()
 

@@ -26,8 +26,6 @@ from bench.edges.process import (
 from bench.edges.targets import KEY, PEERS, Peer
 
 CHUNKS = 256
-FOREIGN_MAX = 0.3
-"""Cores that others may use during a sample before it is dropped."""
 _TRIES = 3
 _HEADERS = (f"Authorization: Bearer {KEY}",)
 _SLOW, _IDLE = 1000, 1000
@@ -114,8 +112,9 @@ class _Answer(msgspec.Struct):
 class Bench:
     """The mock, the load program, the routers; `measure` runs them."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, foreign_max: float) -> None:
         self._folder = folder
+        self._foreign_max = foreign_max
         self._stack = stack
         self._load = compile_c(_HERE / "load.c", folder)
         mock = compile_c(_HERE.parent / "mock_upstream.c", folder)
@@ -178,7 +177,7 @@ class Bench:
             known_s = spent_s + cpu_s(self._mock.pid) - before_s[1] + _children_s() - children
             known_s += max(0.0, cpu_s(ours) - before_s[3])
             foreign = max(0.0, busy_s() - before_s[2] - known_s) / passed_s
-            if foreign <= FOREIGN_MAX and answer.requests:
+            if foreign <= self._foreign_max and answer.requests:
                 break
         else:
             return None
@@ -231,11 +230,18 @@ class Bench:
 
 
 def measure(
-    folder: Path, names: Sequence[str], loads: Sequence[Load], rounds: int, held_rounds: int
+    folder: Path,
+    names: Sequence[str],
+    loads: Sequence[Load],
+    *,
+    rounds: int,
+    held_rounds: int,
+    foreign_max: float,
 ) -> list[Found]:
-    """Run everything; a router that cannot be had says why."""
+    """Run everything; a router that cannot be had says why. A sample during which others used more
+    than `foreign_max` cores is taken again, and dropped in the end."""
     with ExitStack() as stack:
-        bench = Bench(folder, stack)
+        bench = Bench(folder, stack, foreign_max)
         chosen = [peer for peer in PEERS if not names or peer.name in names]
         found = [Found(name=peer.name, why_not=bench.start(peer)) for peer in chosen]
         for one in found:
