@@ -9,23 +9,35 @@ from __future__ import annotations
 from serverlessllm.core.errors import InvalidJSON
 from serverlessllm.openai.settings import RequestLimits
 
+_SHORT_BYTES = 16_384
+"""Such a body is worth counting before anything else is done with it."""
 _to_brackets = bytes.maketrans(b"{}", b"[]")
-_others = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_plain = bytes(byte for byte in range(256) if byte not in b'[]{}"')
+_plain_beside_escapes = bytes(byte for byte in _plain if byte not in b"\\/bfnrtu")
+"""What may follow a backslash stays: else it would seem to escape the next thing that stays."""
 
 
 def check_nesting(body: bytes, limits: RequestLimits) -> None:
-    """Raise `InvalidJSON` when the body is nested deeper, or has more strings or containers,
-    than the limits allow. What is not JSON at all may pass: the parser will say so."""
-    few_strings = len(body) <= limits.strings_max or body.count(b'"') <= 2 * limits.strings_max
-    if few_strings and body.count(b"[") + body.count(b"{") <= limits.depth_max:
+    """Raise `InvalidJSON` when the body is nested deeper, or has more strings, escapes, items or
+    containers, than the limits allow. What is not JSON at all may pass: the parser will say so."""
+    size = len(body)
+    if size <= _SHORT_BYTES and body.count(b"[") + body.count(b"{") <= limits.depth_max:
         return
+    if size > limits.commas_max and body.count(b",") > limits.commas_max:
+        raise InvalidJSON(f"the body has more than {limits.commas_max} commas")
     if b"\\" in body:
-        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if body.count(b'"') > 2 * limits.strings_max:
+        if size > limits.backslashes_max and body.count(b"\\") > limits.backslashes_max:
+            raise InvalidJSON(f"the body has more than {limits.backslashes_max} backslashes")
+        marks = body.translate(None, _plain_beside_escapes)
+        marks = marks.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _plain)
+    else:
+        marks = body.translate(None, _plain)
+    if marks.count(b'"') > 2 * limits.strings_max:
         raise InvalidJSON(f"the body has more than {limits.strings_max} strings")
-    brackets = b"".join(body.split(b'"')[::2]).translate(_to_brackets, _others)
+    brackets = b"".join(marks.split(b'"')[::2])
     if len(brackets) > 2 * limits.containers_max:
         raise InvalidJSON(f"the body has more than {limits.containers_max} arrays and objects")
+    brackets = brackets.translate(_to_brackets)
     # Each pass takes away the innermost pairs: one level.
     for _ in range(limits.depth_max):
         if not brackets:

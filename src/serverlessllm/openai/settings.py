@@ -12,6 +12,10 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Nesting of arrays and objects in the body."""
     strings_max: int = 100_000
     """Strings in the body, keys included."""
+    backslashes_max: int = 400_000
+    """Backslashes in the body; a text of program code has one in 20 characters."""
+    commas_max: int = 1_000_000
+    """Commas in the body: one in four characters of the largest body."""
     containers_max: int = 100_000
     """Arrays and objects in the body."""
     n_max: int = 128
