@@ -175,7 +175,7 @@ async def test_a_client_that_leaves_stops_the_generation(served, stream):
             assert (await read(call)).chunk.json
         await c.until(lambda: agent.running == 1)
         call.cancel()
-        await c.until(lambda: agent.cancelled == 1, within_s=1.0)
+        await c.until(lambda: agent.cancelled == 1)
 
 
 async def test_a_deadline_during_the_answer_stops_the_generation(served):
@@ -185,7 +185,8 @@ async def test_a_deadline_during_the_answer_stops_the_generation(served):
     async with connected(c.front.grpc_address) as rpc:
         heard = await rpc.openai("ChatCompletions", CHAT, timeout_s=0.3)
         assert heard.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        await c.until(lambda: c.agents[0].cancelled == 1)
+        # A stalled machine may pass the deadline before the agent hears of the request.
+        await c.until(lambda: c.agents[0].cancelled == len(c.agents[0].requests))
 
 
 async def test_an_agent_that_dies_in_the_answer_ends_it_with_an_error(served):
