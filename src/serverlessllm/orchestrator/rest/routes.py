@@ -25,7 +25,7 @@ from serverlessllm.openai.request import parse_chat, parse_completion, parse_emb
 from serverlessllm.openai.rerank import parse_rerank
 from serverlessllm.openai.sse import error_event
 from serverlessllm.openai.tokenize import parse_detokenize, parse_tokenize
-from serverlessllm.orchestrator.rest.guard import ANY, Caller, Guard, PasswordWanted, caller_of
+from serverlessllm.orchestrator.rest.guard import ANY, Caller, Guard, PasswordWanted
 from serverlessllm.orchestrator.rest.idempotency import IDEMPOTENCY_HEADER, Replays
 from serverlessllm.orchestrator.rest.inference import Inference, Parse
 from serverlessllm.orchestrator.rest.loading import StillLoading, loading_body
