@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from serverlessllm.core.apikeys import NewApiKey
 from serverlessllm.core.errors import LoadFailed
 
 ASK = {"model": "m", "input": "hi"}
@@ -106,6 +107,26 @@ async def test_each_key_has_its_own_responses(cluster):
     answer = await ask(c, body=reference, key="yours")
     assert (answer.status, answer.code) == (404, "item_not_found")
     assert (await ask(c, body=reference, key="mine")).status == 200
+
+
+async def test_a_response_counts_once_against_its_keys_limits(cluster):
+    c = await cluster()
+    await c.warm("m")
+    asked = NewApiKey(name="k", models=("m",), requests_per_minute=2, tokens_per_minute=10_000)
+    key, text = await c.registry.create_api_key(asked)
+    await c.until(lambda: key.sha256 in c.front.view.api_keys)
+    for left in ("1", "0"):
+        answer = await ask(c, body=STREAM, key=text)
+        assert (answer.status, answer.headers["x-ratelimit-remaining-requests"]) == (200, left)
+    answer = await ask(c, body=ASK, key=text)
+    assert (answer.status, answer.code) == (429, "rate_limit_exceeded")
+    assert int(answer.headers["retry-after"]) >= 1
+    answer = await c.ask(
+        "/v1/messages",
+        {"model": "x", "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]},
+        headers=(("x-api-key", text),),
+    )
+    assert (answer.status, answer.json()["error"]["type"]) == (403, "permission_error")
 
 
 async def test_pages_of_input_items(warm):

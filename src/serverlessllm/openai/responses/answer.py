@@ -141,7 +141,7 @@ def is_cut(finish_reason: str) -> bool:
 
 
 def _code(error: ErrorFields) -> Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]:
-    if error.type == "rate_limit_error":
+    if error.code in {"rate_limit_exceeded", "queue_full"}:
         return "rate_limit_exceeded"
     return "invalid_prompt" if error.type == "invalid_request_error" else "server_error"
 
