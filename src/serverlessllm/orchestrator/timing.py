@@ -30,6 +30,8 @@ class Timing:
     waited_s = 0.0
     """In the waiting room."""
     loaded: Loaded | None = None
+    used: tuple[int, int] | None = None
+    """Prompt and completion tokens, as the agent says."""
     inner = b""
     """The lines of the process that answered, when that is another one of this front door."""
 

@@ -57,11 +57,17 @@ class Value:
 class Spread:
     """Observations by bucket; the last one is of those above every bound."""
 
-    __slots__ = ("counts", "total")
+    __slots__ = ("_bounds", "counts", "total")
 
-    def __init__(self, buckets: int) -> None:
-        self.counts = [0] * (buckets + 1)
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """One more."""
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
 
 
 Cells = Mapping[tuple[str, ...], Cell]
@@ -96,6 +102,10 @@ class Metric(Generic[Cell]):
             registry().register(self)
             if not self.labels:
                 self._add(())
+
+    def cell(self, *labels: str) -> Cell:
+        """One series itself, for a metric that only one thread changes: it needs no lock then."""
+        return self._cells.get(labels) or self._add(labels)
 
     def forget(self, *values: str) -> None:
         """Drop a series whose subject is gone: an agent that left, a model that was deleted."""
@@ -181,16 +191,14 @@ class Histogram(Metric[Spread]):
         labels: tuple[str, ...] = (),
         buckets: tuple[float, ...] = SECONDS,
     ) -> None:
-        super().__init__(name, text, labels, lambda: Spread(len(buckets)), self._as_family)
+        super().__init__(name, text, labels, lambda: Spread(buckets), self._as_family)
         self.buckets = buckets
         DECLARED.append(self)
 
     def observe(self, value: float, *labels: str) -> None:
         cell = self._cells.get(labels) or self._add(labels)
-        place = bisect_left(self.buckets, value)
         with self._lock:
-            cell.counts[place] += 1
-            cell.total += value
+            cell.add(value)
 
     def _as_family(self, cells: Cells[Spread]) -> Family:
         from prometheus_client.core import HistogramMetricFamily

@@ -15,6 +15,7 @@ from serverlessllm.core.agentapi import (
 )
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import BackendDied, ModelNotReady, NoCapacity, SLLMError
+from serverlessllm.core.units import KIB
 from serverlessllm.edge.relay import relay, relay_whole
 from serverlessllm.edge.server import Request
 from serverlessllm.edge.upstream import (
@@ -43,11 +44,13 @@ from serverlessllm.orchestrator.router import Lease, Router
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.view import ClusterView, ready_agents
 from serverlessllm.orchestrator.waits import settled
-from serverlessllm.telemetry.table import REQUEST_RETRIES, TOKENS, TTFT_SECONDS
+from serverlessllm.telemetry.table import REQUEST_RETRIES
 
 Parse = Callable[[bytes, RequestLimits], ParsedRequest]
 
 _OK = 200
+_QUICK_BYTES = 256 * KIB
+"""Of a body that is parsed at once; the most hostile longer ones would hold the event loop."""
 _REFUSED = f"\r\n{REFUSED_HEADER}: ".encode()
 _DIED = "the model's server went away during the answer; send the request again"
 _DIED_EVENT = error_event(BackendDied(_DIED))
@@ -92,7 +95,10 @@ class Inference:
         body = request.whole
         if body is None:
             body = await request.body()
-        parsed = parse(body, self._limits)
+        if len(body) <= _QUICK_BYTES:
+            parsed = parse(body, self._limits)
+        else:
+            parsed = await asyncio.to_thread(parse, body, self._limits)
         caller, names = caller_of(request), self._view.names
         model = names.get(parsed.model)
         if caller is not None:
@@ -217,28 +223,19 @@ class Inference:
             if call.admission is not None:
                 call.admission.broke_off(link.passed_bytes)
             return
-        prompt, completion = used
-        TOKENS.inc(call.model, "prompt", by=prompt)
-        if completion:
-            TOKENS.inc(call.model, "completion", by=completion)
+        call.timing.used = used
         if call.admission is not None:
-            call.admission.settle(prompt + completion)
+            call.admission.settle(sum(used))
 
     def _note_times(self, call: Call, lease: Lease) -> None:
         timing = call.timing
-        if not timing.first_byte_s:
+        # Only a stream's first byte is its first token.
+        if not call.parsed.stream or not timing.first_byte_s or timing.loaded is not None:
             return
-        total_s = timing.first_byte_s - call.request.arrived_s
-        if timing.loaded is not None:
-            TTFT_SECONDS.observe(total_s, call.model, "cold")
-            return
-        TTFT_SECONDS.observe(total_s, call.model, "warm")
-        if call.parsed.stream:
-            # Only a stream's first byte is its first token.
-            ttft_s = timing.first_byte_s - timing.sent_s
-            note_schedule_error(lease.predicted_s, ttft_s)
-            if lease.idle:
-                self._router.learn_first_token(call.model, ttft_s)
+        ttft_s = timing.first_byte_s - timing.sent_s
+        note_schedule_error(lease.predicted_s, ttft_s)
+        if lease.idle:
+            self._router.learn_first_token(call.model, ttft_s)
 
     async def _note_refusal(self, call: Call, lease: Lease, response: Response) -> None:
         """The agent did nothing: note why, so that the next try goes elsewhere."""

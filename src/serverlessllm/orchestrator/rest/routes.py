@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from serverlessllm.core.apikeys import Scope
@@ -31,11 +32,12 @@ from serverlessllm.orchestrator.rest.inference import Inference, Parse
 from serverlessllm.orchestrator.rest.loading import StillLoading, loading_body
 from serverlessllm.orchestrator.rest.route import GET, POST, Route, RouteTable
 from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.tallies import Tallies
 from serverlessllm.orchestrator.timing import Timing, timing_lines
 from serverlessllm.orchestrator.view import ClusterView
-from serverlessllm.telemetry.logs import log
+from serverlessllm.telemetry.logs import log, log_level
 from serverlessllm.telemetry.metrics import CONTENT_TYPE
-from serverlessllm.telemetry.table import CLIENTS_GONE, REQUEST_SECONDS, REQUESTS
+from serverlessllm.telemetry.table import CLIENTS_GONE
 
 _log = log("orchestrator")
 
@@ -91,6 +93,7 @@ class Routes:
         self._clock = clock
         self._replays = Replays(settings, clock)
         self._running = dict.fromkeys(_PARSERS, 0)
+        self._tallies = Tallies()
         self._table = RouteTable(
             (
                 Route(path="/livez", methods=GET, serve=_alive, scope=None),
@@ -114,7 +117,11 @@ class Routes:
             self._guard.check(request, Scope.INFERENCE)
             if request.method != "POST":
                 raise MethodNotAllowed(f"{path} takes POST", allow=POST)
-            status = await self._answer(request, parse)
+            key = request.headers.get(IDEMPOTENCY_HEADER)
+            if key is None:
+                status = await self._inference.answer(request, parse)
+            else:
+                status = await self._replay(request, key, parse)
         except SLLMError as error:
             status = error.status
             if not request.started:
@@ -147,21 +154,19 @@ class Routes:
     def _note(self, request: Request, status: int) -> None:
         """The one place that counts a request, however it ended."""
         path, timing = request.path, request.state
-        model = timing.model if isinstance(timing, Timing) else ""
+        known = timing if isinstance(timing, Timing) else None
+        model = ModelId("") if known is None else known.model
         if model not in self._view.models:
             model = ModelId("")  # a label is not for whoever asks to invent
         seconds = self._clock.now_s() - request.arrived_s
         self._running[path] -= 1
         if status == _GONE:
             CLIENTS_GONE.inc(path)
-        REQUESTS.inc(path, model, str(status))
-        REQUEST_SECONDS.observe(seconds, path, model)
-        _log.debug("request", request=request.id, model=model, status=status, seconds=seconds)
+        self._tallies.of(path, model).count(status, seconds, request.arrived_s, known)
+        if log_level() <= logging.DEBUG:
+            _log.debug("request", request=request.id, model=model, status=status, seconds=seconds)
 
-    async def _answer(self, request: Request, parse: Parse) -> int:
-        key = request.headers.get(IDEMPOTENCY_HEADER)
-        if key is None:
-            return await self._inference.answer(request, parse)
+    async def _replay(self, request: Request, key: str, parse: Parse) -> int:
         return await self._replays.answer(
             request, key, lambda request: self._inference.answer(request, parse)
         )
