@@ -89,6 +89,8 @@ class Connection(asyncio.Protocol):
         if self._source is not None:
             self._source.resume()
         self._wake()
+        if self._active is not None and self._run is None:
+            self.server.loop.call_soon(self._proceed)  # not inside of the transport's write
 
     # Answering.
 
@@ -115,6 +117,8 @@ class Connection(asyncio.Protocol):
 
     def _proceed(self) -> None:
         """Start the handler whose turn it is. Not from inside the parser: it may answer at once."""
+        if self._full:
+            return  # answers that nobody reads would pile up
         request = self._active
         if request is not None and request.ready and self._run is None and not self.lost:
             server = self.server

@@ -24,9 +24,15 @@ _METHODS = {name: name.decode() for name in (b"GET", b"POST", b"PUT", b"DELETE",
 _SCHEMES = (b"http", b"https")
 _TARGETS_MAX = 1024
 """Targets remembered as their parts: clients ask for few paths, again and again."""
+_TARGET_BYTES_MAX = 256
+"""A longer one is not remembered."""
 _targets: dict[bytes, tuple[str, str]] = {}
 _PECULIAR = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
 """Fields that say more of a request's framing than its length does."""
+_SINGLE = frozenset((b"host", b"authorization"))
+"""Fields that decide who is asked by whom: of two, somebody before us may have read the other."""
+_SLICE_BYTES = 32 * KIB
+"""What the parser gets at once: limits are looked at in between, however much one read holds."""
 _SHORT_BYTES = 64 * KIB
 """The handler starts when a body of this size is here; a longer one it awaits itself, so that it
 may be refused before it has come."""
@@ -48,10 +54,17 @@ def _split_target(target: bytes) -> tuple[str, str]:
         if found and scheme.lower() in _SCHEMES:
             path = b"/" + rest.partition(b"/")[2]
     parts = path.decode(), query.decode()
-    if len(_targets) >= _TARGETS_MAX:
-        _targets.clear()
-    _targets[target] = parts
+    if len(target) <= _TARGET_BYTES_MAX:
+        if len(_targets) >= _TARGETS_MAX:
+            _targets.clear()
+        _targets[target] = parts
     return parts
+
+
+def _length(fields: dict[bytes, bytes]) -> int:
+    """Of the body; the parser has seen to it that it is a number, with as many zeros before it as
+    its client liked."""
+    return int(fields[b"content-length"].lstrip(b"0") or 0)
 
 
 class Receiver:
@@ -79,6 +92,8 @@ class Receiver:
         self._framing_bytes = 0
         self._upgrading = False
         self._resuming = False
+        self._twice = b""
+        """A field of the head that may be there only once, and is not."""
         self._heads = 0
         """That what is being parsed has completed."""
         self._known: KnownHead | None = None
@@ -95,27 +110,35 @@ class Receiver:
             if self._left_bytes:
                 self._take_rest(data)
                 return
+        elif not self.in_head and self._known is not None and self._take_known(self._known, data):
+            return
+        if len(data) <= _SLICE_BYTES:
+            self._parse(data)
+            return
+        for start in range(0, len(data), _SLICE_BYTES):
+            self.feed(data[start : start + _SLICE_BYTES])
+
+    def _parse(self, data: bytes) -> None:
+        fresh = False
+        if self.receiving is not None:
             self._framing_bytes += len(data)
         elif self.in_head:
             self._head_bytes += len(data)
         else:
-            if self._known is not None and self._take_known(self._known, data):
-                return
-            self.in_head = True
+            fresh = self.in_head = True
             self._head_bytes = len(data)
             self.since_s = self._sweeper.now_s
-        self._parse(data)
-
-    def _parse(self, data: bytes) -> None:
-        fresh = self.in_head and self._head_bytes == len(data)
         self._heads = 0
+        rest = None
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(data[upgrade.args[0] :])
-            return
+            rest = data[upgrade.args[0] :]
         except httptools.HttpParserError as error:
             self._stop(error)
+            return
+        if rest is not None:  # not inside of the `except`: errors carry what was raised before
+            self._ignore_upgrade(rest)
             return
         request, self._common = self._common, None
         if fresh and request is not None:
@@ -206,7 +229,14 @@ class Receiver:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._fields[name.lower()] = value
+        if self._fields.setdefault(name.lower(), value) is not value:
+            self._repeat(name.lower(), value)
+
+    def _repeat(self, name: bytes, value: bytes) -> None:
+        """A field that was there before: the last one counts, where two can be."""
+        self._fields[name] = value
+        if name in _SINGLE and not self._resuming and self.receiving is None:
+            self._twice = name
 
     def on_headers_complete(self) -> None:
         fields = self._fields
@@ -248,7 +278,7 @@ class Receiver:
         """Whether the handler awaits the body itself, and whether the head is of the common kind:
         of those that one read holds, the last one counts, and only if it is the only one."""
         plain = _PECULIAR.isdisjoint(fields) and b"content-length" in fields
-        long = plain and int(fields[b"content-length"]) > _SHORT_BYTES
+        long = plain and _length(fields) > _SHORT_BYTES
         request.ready = long or b"transfer-encoding" in fields or b"expect" in fields
         self._common = request if plain and request.keep_alive and self._heads == 0 else None
         self._heads += 1
@@ -285,7 +315,7 @@ class Receiver:
         if len(fields) > settings.headers_max:
             return HeadersTooLarge("the request has too many headers")
         if b"content-length" in fields:
-            if int(fields[b"content-length"]) > settings.body_bytes_max:
+            if _length(fields) > settings.body_bytes_max:
                 return self._too_large()
         elif b"transfer-encoding" in fields and (
             fields[b"transfer-encoding"].lower() != b"chunked" or version != "1.1"
@@ -297,6 +327,8 @@ class Receiver:
         self, request: Request, fields: dict[bytes, bytes], version: str
     ) -> InvalidRequest | None:
         """What is HTTP, but none that is spoken here."""
+        if self._twice:
+            return InvalidRequest(f"the request has more than one {self._twice.decode()} header")
         if b"upgrade" in fields:
             self._upgrading = self._parser.should_upgrade()
         if not request.path.startswith("/") and request.path != "*":

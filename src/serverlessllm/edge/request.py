@@ -130,7 +130,9 @@ class Request:
     """Whether the answer has ended."""
     _whole = False
     _body = b""
-    _pieces: list[bytes] | None = None
+    _pieces: bytearray | None = None
+    """A body that came in several, however many: a list of single bytes would be thirty times as
+    long, and joined for a fifth of a second."""
     _broken: SLLMError | None = None
     _waiter: asyncio.Future[None] | None = None
 
@@ -194,7 +196,7 @@ class Request:
         if self._broken is not None:
             raise self._broken
         if self._pieces is not None:
-            self._body = b"".join(self._pieces)
+            self._body = bytes(self._pieces)
             self._pieces = None
         return self._body
 
@@ -249,9 +251,10 @@ class Request:
     def take(self, data: bytes) -> None:
         """A piece of the body has come."""
         if self._pieces is not None:
-            self._pieces.append(data)
+            self._pieces += data
         elif self._body:
-            self._pieces = [self._body, data]
+            self._pieces = bytearray(self._body)
+            self._pieces += data
         else:
             self._body = data
 
