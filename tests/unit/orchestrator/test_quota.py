@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ from serverlessllm.orchestrator.rest.quota import (
 from serverlessllm.testing.clock import VirtualClock
 
 
-def key(name="one", **limits):
+def key(name: str = "one", **limits: Any) -> ApiKey:
     return ApiKey(id=KeyId(name), name=name, sha256="0" * 64, **limits)
 
 
@@ -115,6 +117,35 @@ def test_a_stream_that_broke_off_is_charged_by_its_bytes(quotas):
     assert read_lines(usage)["x-ratelimit-remaining-tokens"] == "890"
 
 
+def test_a_stream_that_broke_off_is_not_charged_for_what_it_might_have_said(quotas):
+    usage = quotas.of(key(tokens_per_minute=1000))
+    admission = usage.admit(40, 900)
+    admission.broke_off(2560)
+    admission.close(answered=True)
+    assert read_lines(usage)["x-ratelimit-remaining-tokens"] == "980"
+
+
+async def test_what_a_long_answer_used_is_charged_when_it_ends(quotas, clock):
+    usage = quotas.of(key(tokens_per_minute=1000))
+    with usage.admit(40, None) as admission:
+        await clock.advance(60)  # nothing can come back to a bucket that is full
+        admission.settle(900)
+    assert read_lines(usage)["x-ratelimit-remaining-tokens"] == "110"
+    with usage.admit(0, 100) as admission:
+        await clock.advance(60)
+        admission.settle(0)
+    assert read_lines(usage)["x-ratelimit-remaining-tokens"] == "1000"
+
+
+async def test_what_others_spent_is_charged_to_a_bucket_nobody_looked_at(quotas, clock):
+    usage = quotas.of(key(requests_per_minute=60, tokens_per_minute=600))
+    await clock.advance(600)
+    quotas.note_others({KeyId("one"): (60, 600)})
+    with pytest.raises(RequestsLimited):
+        usage.admit(0, None)
+    assert read_lines(usage)["x-ratelimit-remaining-tokens"] == "0"
+
+
 def test_requests_at_once(quotas):
     usage = quotas.of(key(requests_at_once=2))
     first, _ = usage.admit(0, None), usage.admit(0, None)
@@ -147,13 +178,15 @@ def test_processes_tell_each_other_what_was_spent(clock):
     here, there = Quotas(clock), Quotas(clock)
     limited = key(requests_per_minute=10, tokens_per_minute=1000)
     mine, theirs = here.of(limited), there.of(limited)
+    assert mine is not None
+    assert theirs is not None
     for _ in range(3):
         with mine.admit(40, None) as admission:
             admission.settle(100)
     spent = here.spent_since()
     assert spent == {"one": (3, 300)}
     assert here.spent_since() == {}
-    there.note_others({**spent, "unknown": (1, 1)})
+    there.note_others({**spent, KeyId("unknown"): (1, 1)})
     assert read_lines(theirs)["x-ratelimit-remaining-requests"] == "7"
     assert read_lines(theirs)["x-ratelimit-remaining-tokens"] == "700"
     assert there.spent_since() == {}  # what is the others' is not told again

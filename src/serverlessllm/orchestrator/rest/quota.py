@@ -71,6 +71,11 @@ class Bucket:
         self.left = left
         return left
 
+    def take(self, units: float, now_s: float) -> None:
+        """Take from what is left (or give back, if negative). Whatever came back by now is not for
+        these units: a bucket that was full is no fuller for having waited."""
+        self.left = self.look(now_s) - units
+
     def wait_s(self, units: float) -> float:
         """From the last look until `units` (at most all of them) are left."""
         return max(0.0, (units - self.left) / self._rate)
@@ -119,9 +124,10 @@ class Usage:
                 f"this API key may send {requests.per_minute} requests a minute",
                 retry_after_s=requests.wait_s(1),
             )
-        reserved = 0
+        reserved = prompt = 0
         if tokens is not None:
-            wanted = body_bytes // _BODY_BYTES_PER_TOKEN + (answer_tokens_max or 0)
+            prompt = body_bytes // _BODY_BYTES_PER_TOKEN
+            wanted = prompt + (answer_tokens_max or 0)
             # What is more than a whole minute's must not be refused for ever.
             reserved = min(wanted, tokens.per_minute)
             if tokens.look(now_s) < reserved:
@@ -132,24 +138,22 @@ class Usage:
                 )
         self.running += 1
         self.spend(1, reserved)
-        return Admission(self, reserved)
+        return Admission(self, reserved, prompt)
 
     def spend(self, requests: int, tokens: int) -> None:
         """Take from what is left (or give back, if negative), and remember it for the others."""
-        if self.requests is not None:
-            self.requests.left -= requests
-        if self.tokens is not None:
-            self.tokens.left -= tokens
+        self.note_others(requests, tokens)
         self.spent_requests += requests
         self.spent_tokens += tokens
         self._moved[self.id] = self
 
     def note_others(self, requests: int, tokens: int) -> None:
         """Take from what is left what other processes spent."""
-        if self.requests is not None:
-            self.requests.left -= requests
-        if self.tokens is not None:
-            self.tokens.left -= tokens
+        now_s = self._clock.now_s()
+        if self.requests is not None and requests:
+            self.requests.take(requests, now_s)
+        if self.tokens is not None and tokens:
+            self.tokens.take(tokens, now_s)
 
     def lines(self) -> bytes:
         """The header lines that tell a client what it has left."""
@@ -165,11 +169,12 @@ class Usage:
 class Admission:
     """One request of a limited key while it runs; a context manager."""
 
-    __slots__ = ("_reserved", "_usage")
+    __slots__ = ("_prompt", "_reserved", "_usage")
 
-    def __init__(self, usage: Usage, reserved: int) -> None:
+    def __init__(self, usage: Usage, reserved: int, prompt: int) -> None:
         self._usage: Usage | None = usage
         self._reserved = reserved
+        self._prompt = prompt
 
     def settle(self, tokens: int) -> None:
         """What it used is known: `tokens` instead of the estimate."""
@@ -179,7 +184,7 @@ class Admission:
 
     def broke_off(self, passed_bytes: int) -> None:
         """Its answer ended without saying what it used, after so many bytes of it."""
-        self.settle(self._reserved + passed_bytes // _EVENT_BYTES_PER_TOKEN)
+        self.settle(self._prompt + passed_bytes // _EVENT_BYTES_PER_TOKEN)
 
     def close(self, *, answered: bool) -> None:
         """The request has ended; one that was not answered has used no tokens. Idempotent."""
