@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -70,7 +70,9 @@ async def serving(
 
 
 @asynccontextmanager
-async def connected(port: int, context: ssl.SSLContext | None) -> AsyncIterator[Callable]:
+async def connected(
+    port: int, context: ssl.SSLContext | None
+) -> AsyncIterator[Callable[..., Awaitable[bytes]]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, limit=1 << 20)
 
     async def say(data: bytes, until: bytes | None = None) -> bytes:
@@ -198,6 +200,7 @@ def test_files_that_are_no_certificate_say_which_and_why(authority, files, tmp_p
         with pytest.raises(ValueError, match=said):
             server_tls(*pair)
     tls = server_tls(chain, key)
+    assert tls is not None
     with pytest.raises(ValueError, match="mismatch"):
         load_certificate(tls, chain, other_key)
     assert server_tls(None, None) is None

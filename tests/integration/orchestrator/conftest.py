@@ -58,7 +58,7 @@ HEADERS = (
     *("content-type", "www-authenticate", "idempotency-replayed", "access-control-allow-origin"),
     *("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests"),
     *("x-ratelimit-reset-requests", "x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens"),
-    "x-ratelimit-reset-tokens",
+    *("x-ratelimit-reset-tokens", "allow", "content-security-policy", "content-encoding"),
 )
 EVENTS = (("content-type", "text/event-stream"),)
 
@@ -309,9 +309,7 @@ class Cluster:
 
     def __init__(self, directory: Path, settings: OrchestratorSettings, edge: EdgeSettings) -> None:
         self.directory = directory
-        self.metadata = SqliteMetadata(
-            directory / "metadata.db", MetadataSettings(call_timeout_s=0.5), SystemClock()
-        )
+        self.metadata = SqliteMetadata(directory / "metadata.db", MetadataSettings(), SystemClock())
         self.registry = Registry(self.metadata)
         self.ingestion = ScriptedIngestion(self.registry)
         self.store = ScriptedStore()

@@ -69,8 +69,11 @@ async def test_keys_are_made_listed_and_revoked_over_http(cluster):
     assert (await c.ask("/v1/models", headers=bearer(alice.key))).status == 401
     for path, status in (("/api/keys/nobody", 404), ("/api/keys/a%2fb", 404)):
         assert (await c.ask(path, method="DELETE", headers=admin)).status == status
-    for body in ({}, {"name": "x", "scope": "admin"}, {"name": "x", "scopes": ["root"]},
-                 {"name": "x", "requests_per_minute": 0}):  # fmt: skip
+    bad: tuple[dict[str, object], ...] = (
+        {}, {"name": "x", "scope": "admin"}, {"name": "x", "scopes": ["root"]},
+        {"name": "x", "requests_per_minute": 0},
+    )  # fmt: skip
+    for body in bad:
         assert (await c.ask("/api/keys", body, headers=admin)).status == 400
 
 

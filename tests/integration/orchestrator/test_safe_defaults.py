@@ -102,17 +102,17 @@ async def test_every_route_refuses_without_a_key_with_a_wrong_one_and_out_of_sco
                     assert answer.status in {200, 405}, (method, path)
                 else:
                     assert answer.status == 401, (method, path)
-    for path, scope in paths.items():
-        if scope is None or path == "/nothing/is/here":
+    for path, wanted in paths.items():
+        if wanted is None or path == "/nothing/is/here":
             continue
         for other, text in texts.items():
             answer = await c.ask(path, headers=bearer(text))
-            opens = other is scope or (scope is Scope.METRICS and other is Scope.ADMIN)
+            opens = other is wanted or (wanted is Scope.METRICS and other is Scope.ADMIN)
             if opens:
                 assert answer.status not in {401, 403}, (other, path)
             else:
                 assert answer.status == 403, (other, path)
-                assert f"lacks the scope {scope}".encode() in answer.body  # in any dialect
+                assert f"lacks the scope {wanted}".encode() in answer.body  # in any dialect
 
 
 async def test_odd_spellings_of_a_path_open_nothing(cluster):

@@ -71,15 +71,11 @@ async def test_a_renewed_certificate_is_shown_when_it_is_good(cluster, files):
         with pytest.raises(Failure, match="not trusted"):
             await asyncio.to_thread(Client(url, None, files.ca).get, "/api/version", wire.Version)
         front.reload_certificate()
-        assert await asyncio.to_thread(
-            Client(url, None, files.ca).get, "/api/version", wire.Version
-        )
+        await asyncio.to_thread(Client(url, None, files.ca).get, "/api/version", wire.Version)
         (files.folder / "key.pem").write_text("broken")
         with pytest.raises(ValueError, match="TLS"):
             front.reload_certificate()
-        assert await asyncio.to_thread(
-            Client(url, None, files.ca).get, "/api/version", wire.Version
-        )
+        await asyncio.to_thread(Client(url, None, files.ca).get, "/api/version", wire.Version)
     finally:
         await front.close()
 

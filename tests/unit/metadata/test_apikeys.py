@@ -7,6 +7,7 @@ import pytest
 
 from serverlessllm.core.apikeys import KEY_PREFIX, ApiKey, NewApiKey, Scope, digest_of
 from serverlessllm.core.errors import Conflict, InvalidRequest, MetadataUnavailable, RouteNotFound
+from serverlessllm.core.ids import KeyId
 from serverlessllm.metadata.registry import ApiKeyChanged, ApiKeyGone, Registry
 from serverlessllm.metadata.settings import MetadataSettings
 
@@ -121,7 +122,7 @@ async def test_revoking_keeps_what_a_newer_version_wrote(registry, store):
 
 
 async def test_a_key_of_a_newer_version_is_named_not_read(registry, store):
-    key = ApiKey(schema_version=99, id="key_new", name="new", sha256="0" * 64)
+    key = ApiKey(schema_version=99, id=KeyId("key_new"), name="new", sha256="0" * 64)
     await store.put("apikeys/key_new", msgspec.json.encode(key))
     snapshot = await registry.snapshot()
     assert (snapshot.api_keys, snapshot.unreadable) == ((), ("apikeys/key_new",))
