@@ -16,7 +16,6 @@ from serverlessllm.core.agentapi import (
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import BackendDied, ModelNotReady, NoCapacity, SLLMError
 from serverlessllm.core.units import KIB
-from serverlessllm.core.units import KIB
 from serverlessllm.edge.relay import relay, relay_whole
 from serverlessllm.edge.server import Request
 from serverlessllm.edge.upstream import (
@@ -50,8 +49,6 @@ from serverlessllm.telemetry.table import REQUEST_RETRIES
 Parse = Callable[[bytes, RequestLimits], ParsedRequest]
 
 _OK = 200
-_QUICK_BYTES = 256 * KIB
-"""Of a body that is parsed at once; the most hostile longer ones would hold the event loop."""
 _QUICK_BYTES = 256 * KIB
 """Of a body that is parsed at once; the most hostile longer ones would hold the event loop."""
 _REFUSED = f"\r\n{REFUSED_HEADER}: ".encode()
@@ -99,10 +96,7 @@ class Inference:
         if body is None:
             body = await request.body()
         if len(body) <= _QUICK_BYTES:
-            if len(body) <= _QUICK_BYTES:
             parsed = parse(body, self._limits)
-        else:
-            parsed = await asyncio.to_thread(parse, body, self._limits)
         else:
             parsed = await asyncio.to_thread(parse, body, self._limits)
         caller, names = caller_of(request), self._view.names
