@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install the clients that must work unchanged, for the tests: those of Python in .venvs/clients,
-# those of Node in tests/clients/node/node_modules. Nothing to do: returns in milliseconds.
+# those of Node in tests/clients/node/node_modules; a browser for the page of the API, and
+# schemathesis in .venvs/schemathesis. Nothing to do: returns in milliseconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,5 +41,15 @@ node_clients() {
     printf '%s' "$wanted" >$folder/node_modules/.stamp
 }
 
+browser() {
+    local name
+    for name in chromium chromium-browser google-chrome; do
+        command -v "$name" >/dev/null && return
+    done
+    apt_install chromium
+}
+
 python_clients
 node_clients
+browser
+scripts/schemathesis.sh --only-install

@@ -70,11 +70,11 @@ _MODES: _Json = {"enum": ["none", "auto", "required"]}
 _SYSTEM: _Json = {"anyOf": [*_texts_or(_piece("text", text=_TEXT))["anyOf"], _NOTHING]}
 _IMAGE: _Json = _piece("image", source=_object(type={"const": "base64"}))
 _IMAGE["properties"]["source"]["properties"] |= {"media_type": _TEXT, "data": _TEXT}
-_USER_BLOCKS: _Json = _texts_or(
-    _piece("text", text=_TEXT),
-    _IMAGE,
-    _piece("tool_result", tool_use_id=_TEXT, content=_texts_or(_piece("text", text=_TEXT), _IMAGE)),
-)
+_RESULT: _Json = _piece("tool_result", tool_use_id=_TEXT)
+_RESULT["properties"]["content"] = {
+    "anyOf": [*_texts_or(_piece("text", text=_TEXT), _IMAGE)["anyOf"], _NOTHING]
+}
+_USER_BLOCKS: _Json = _texts_or(_piece("text", text=_TEXT), _IMAGE, _RESULT)
 _ASSISTANT_BLOCKS: _Json = _texts_or(
     _piece("text", text=_TEXT), _piece("tool_use", id=_TEXT, name=_TEXT, input=_SCHEMA)
 )

@@ -53,6 +53,7 @@ def bounds(kind: type[msgspec.Struct], limits: RequestLimits) -> dict[str, Bound
         found["tools"] = Bound(items_max=limits.tools_max)
     if kind is MessageRequest:
         found["max_tokens"] = Bound(maximum=limits.max_tokens_max)
+        found["stop_sequences"] = Bound(items_max=limits.stop_max, chars_max=limits.stop_chars_max)
     if kind is ResponseRequest:
         found |= {
             "max_output_tokens": Bound(maximum=limits.max_tokens_max),
