@@ -6,6 +6,7 @@ rendered by its template and completed as a text; calls are found in that text b
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,20 +14,21 @@ import msgspec
 from msgspec import Raw
 
 from serverlessllm.backends.calls import Calls, Delta, delta_fields, message_fields
-from serverlessllm.backends.dialect import Engine
+from serverlessllm.backends.dialect import Engine, decode
 from serverlessllm.backends.gbnf import grammar
 from serverlessllm.backends.llamacpp_wire import (
     COMPLETIONS,
     Choice,
     Token,
     Usage,
-    add_usage,
+    another,
     read_event,
     render,
     spells,
     usage_fields,
 )
 from serverlessllm.backends.tools import ToolFields, calls_schema, offered
+from serverlessllm.core.errors import InvalidRequest
 from serverlessllm.openai.request.tools import JSONAnswer, ResponseFormat, SchemaAnswer
 
 CHATS = "/v1/chat/completions"
@@ -44,6 +46,13 @@ class ChatAsk(ToolFields, frozen=True, kw_only=True):
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
     stream: bool | None = None
+    n: int | None = None
+    seed: int | None = None
+
+    @property
+    def scores_only(self) -> bool:
+        """Whether log probabilities are wanted without alternatives."""
+        return bool(self.logprobs) and not self.top_logprobs
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -61,6 +70,30 @@ def without_tools(body: bytes) -> bytes:
     for field in _TOOLS:
         fields.pop(field, None)
     return _encoder.encode(fields)
+
+
+class _Part(msgspec.Struct, frozen=True):
+    type: str
+
+
+class _Parts(msgspec.Struct, frozen=True):
+    content: str | list[_Part] | None = None
+
+
+class _Messages(msgspec.Struct, frozen=True):
+    messages: list[_Parts]
+
+
+def check_text_only(body: bytes) -> None:
+    """Raise `InvalidRequest` for a message that is more than text: a checkpoint is one GGUF, and
+    what sees or hears is in another one."""
+    for place, message in enumerate(decode(body, _Messages).messages):
+        if not isinstance(message.content, list):
+            continue
+        for number, part in enumerate(message.content):
+            if part.type not in {"text", "refusal"}:
+                param = f"messages[{place}].content[{number}]"
+                raise InvalidRequest(f"{param}: this model reads text only", param=param)
 
 
 class RenderedChat:
@@ -114,18 +147,18 @@ class RenderedChat:
         asked |= {"prompt": prompt, "stream": True, "stream_options": {"include_usage": True}}
         return _encoder.encode(asked)
 
-    async def _parts(self, engine: Engine, asked: bytes) -> AsyncIterator[list[_Part]]:
+    async def _parts(self, engine: Engine, asked: bytes) -> AsyncIterator[list[_Piece]]:
         """What each of the engine's chunks says."""
         async for data in engine.stream(COMPLETIONS, asked):
             event = read_event(data)
             if event is None:
                 continue
             if event.usage is not None:
-                self._usage = add_usage(self._usage, event.usage)
+                self._usage = another(self._usage, event.usage)
             if event.choices:
                 yield [self._part(choice) for choice in event.choices]
 
-    def _part(self, choice: Choice) -> _Part:
+    def _part(self, choice: Choice) -> _Piece:
         finder = self._finders.get(choice.index)
         opens = finder is None
         if finder is None:
@@ -135,7 +168,7 @@ class RenderedChat:
         deltas = finder.push(choice.text, whole=ended)
         scores = [] if choice.logprobs is None else trimmed(choice.logprobs.content, self._ask)
         reason = choice.finish_reason
-        return _Part(
+        return _Piece(
             index=choice.index,
             opens=opens,
             deltas=deltas,
@@ -144,7 +177,7 @@ class RenderedChat:
         )
 
     async def _whole(self, engine: Engine, asked: bytes) -> bytes:
-        answers: dict[int, _Part] = {}
+        answers: dict[int, _Piece] = {}
         async for parts in self._parts(engine, asked):
             for part in parts:
                 answer = answers.setdefault(part.index, part)
@@ -166,7 +199,7 @@ class RenderedChat:
         )
 
 
-class _Part(msgspec.Struct, kw_only=True):
+class _Piece(msgspec.Struct, kw_only=True):
     """More of one answer."""
 
     index: int
@@ -195,28 +228,69 @@ class _Part(msgspec.Struct, kw_only=True):
         }
 
 
-class ScoredChat:
-    """A chat whose tokens are to be told without alternatives, which the engine tells not at all:
-    it is asked for one, which is left out."""
+class MendedChat:
+    """A chat of which the engine's answer lacks something: log probabilities without alternatives
+    (it tells none at all, so it is asked for one, which is left out), or the count of tokens of
+    all answers (it counts one). Called once, with its engine."""
 
-    def __init__(self, ask: ChatAsk, body: bytes) -> None:
-        self._ask = ask
-        fields = _fields.decode(body)
-        fields |= {"logprobs": Raw(b"true"), "top_logprobs": Raw(b"1")}
-        self._body = _encoder.encode(fields)
+    def __init__(self, ask: ChatAsk, body: bytes, *, at_once: int) -> None:
+        """`at_once`: answers that the engine is asked for at the same time."""
+        self._stream = ask.stream
+        self._answers = ask.n or 1
+        self._seed = ask.seed
+        self._clears = ask.scores_only
+        self._at_once = asyncio.Semaphore(at_once)
+        self._fields = _fields.decode(body)
+        if self._clears:
+            self._fields |= {"logprobs": Raw(b"true"), "top_logprobs": Raw(b"1")}
 
     async def __call__(self, engine: Engine) -> AsyncIterator[bytes]:
         """`backends.dialect.Composed`."""
-        if not self._ask.stream:
-            yield self._cleared(await engine.ask(CHATS, self._body))
+        if not self._stream:
+            yield _encoder.encode(await self._whole(engine))
             return
-        async for data in engine.stream(CHATS, self._body):
-            yield b"data: " + self._cleared(data) + b"\n\n"
+        usage = Usage()
+        asked = self._fields | {"stream_options": Raw(b'{"include_usage":true}')}
+        async for data in engine.stream(CHATS, _encoder.encode(asked)):
+            event = read_event(data)
+            if event is None:
+                continue
+            if event.usage is not None:
+                usage = another(usage, event.usage)
+            if event.choices:
+                yield b"data: " + (self._cleared(data) if self._clears else data) + b"\n\n"
+        yield _sse({"object": "chat.completion.chunk", "choices": [], "usage": usage_fields(usage)})
         yield b"data: [DONE]\n\n"
+
+    async def _whole(self, engine: Engine) -> dict[str, Any]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._one(engine, number), name="llamacpp-answer")
+                    for number in range(self._answers)
+                ]
+        except BaseExceptionGroup as errors:  # they failed alike: the first says why
+            raise errors.exceptions[0] from None
+        answers = [task.result() for task in tasks]
+        usage = Usage()
+        for number, answer in enumerate(answers):
+            answer["choices"][0]["index"] = number
+            usage = another(usage, msgspec.convert(answer["usage"], Usage))
+        choices = [answer["choices"][0] for answer in answers]
+        return answers[0] | {"choices": choices, "usage": usage_fields(usage)}
+
+    async def _one(self, engine: Engine, number: int) -> dict[str, Any]:
+        asked: dict[str, Any] = self._fields | {"n": 1}
+        if self._seed is not None:
+            asked["seed"] = self._seed + number
+        async with self._at_once:
+            said = await engine.ask(CHATS, _encoder.encode(asked))
+        answer: dict[str, Any] = msgspec.json.decode(self._cleared(said) if self._clears else said)
+        return answer
 
     def _cleared(self, data: bytes) -> bytes:
         said = msgspec.json.decode(data)
-        for choice in (said or {}).get("choices", ()):
+        for choice in said["choices"]:
             for token in (choice.get("logprobs") or {}).get("content") or ():
                 token["top_logprobs"] = []
         return _encoder.encode(said)

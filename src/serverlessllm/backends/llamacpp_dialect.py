@@ -19,8 +19,9 @@ from serverlessllm.backends.dialect import (
 from serverlessllm.backends.llamacpp_chat import (
     CHATS,
     ChatAsk,
+    MendedChat,
     RenderedChat,
-    ScoredChat,
+    check_text_only,
     without_tools,
 )
 from serverlessllm.backends.llamacpp_text import TOKENS_MAX, TextAsk, Texts
@@ -32,7 +33,8 @@ from serverlessllm.openai.rerank import RerankRequest
 from serverlessllm.openai.tokenize import DetokenizeRequest, TokenizeRequest
 
 _TOKENS = frozenset({Operation.TOKENIZE, Operation.DETOKENIZE})
-_CHAT_FIELDS = (b'"tool', b'"function', b'"response_format"', b'"logprobs"')
+_CHAT_FIELDS = (b'"tool', b'"function', b'"response_format"', b'"logprobs"', b'"n"')
+_MEDIA = (b'"image_url"', b'"input_audio"', b'"file"')
 _fields = msgspec.json.Decoder(dict[str, Raw])
 _encoder = msgspec.json.Encoder()
 
@@ -78,6 +80,8 @@ class LlamaDialect:
         return Ask(COMPLETIONS, body)
 
     def _chat(self, body: bytes) -> Ask | Composed:
+        if any(field in body for field in _MEDIA):
+            check_text_only(body)
         if not any(field in body for field in _CHAT_FIELDS):
             return Ask(CHATS, body)
         ask = decode(body, ChatAsk)
@@ -96,8 +100,8 @@ class LlamaDialect:
 
     def passed(self, ask: ChatAsk, body: bytes) -> Ask | Composed:
         """As the engine does it."""
-        if ask.logprobs and not ask.top_logprobs:
-            return ScoredChat(ask, body)
+        if ask.scores_only or (ask.n or 1) > 1:
+            return MendedChat(ask, body, at_once=self._slots)
         return Ask(CHATS, body)
 
     async def learn(self, engine: Engine) -> bool:

@@ -19,6 +19,7 @@ from serverlessllm.backends.llamacpp_wire import (
     Token,
     Usage,
     add_usage,
+    another,
     detokenize,
     read_event,
     read_filled,
@@ -207,12 +208,13 @@ class Texts:
             return
         asked |= {"n": made, "stream_options": {"include_usage": True}}
         asked |= {"logprobs": max(1, self._alternatives)} if scored else {}
+        spent = Usage()
         async for data in engine.stream(COMPLETIONS, _encoder.encode(asked)):
             event = read_event(data)
             if event is None:
                 continue
             if event.usage is not None:
-                self._count(event.usage)
+                spent = another(spent, event.usage)
             for choice in event.choices:
                 yield Piece(
                     index=first + choice.index,
@@ -220,11 +222,12 @@ class Texts:
                     scores=[] if choice.logprobs is None else choice.logprobs.content,
                     finish_reason=choice.finish_reason,
                 )
+        self._count(spent)
 
     async def _filled(
         self, engine: Engine, asked: dict[str, object], index: int
     ) -> AsyncIterator[Piece]:
-        """One answer between `prompt` and `suffix`."""
+        """One answer between `prompt` (the only one) and `suffix`."""
         asked = asked | {
             "input_prefix": asked["prompt"],
             "input_suffix": self._ask.suffix,
@@ -234,7 +237,8 @@ class Texts:
         async for data in engine.stream("/infill", _encoder.encode(asked)):
             event = read_filled(data)
             if event.stop:
-                self._count(Usage(event.tokens_evaluated, event.tokens_predicted))
+                spent = Usage(event.tokens_evaluated, event.tokens_predicted)
+                self._usage = another(self._usage, spent)
             yield Piece(
                 index=index,
                 text=event.content,

@@ -198,12 +198,20 @@ async def rank(engine: Engine, query: str, documents: Sequence[str]) -> Ranking:
 
 
 def add_usage(one: Usage, other: Usage) -> Usage:
-    """Of two answers together."""
+    """Of answers to two prompts together."""
     cached = one.prompt_tokens_details.cached_tokens + other.prompt_tokens_details.cached_tokens
     return Usage(
         one.prompt_tokens + other.prompt_tokens,
         one.completion_tokens + other.completion_tokens,
         CachedTokens(cached),
+    )
+
+
+def another(one: Usage, other: Usage) -> Usage:
+    """Of two answers to the same prompt, which is counted once."""
+    first = one if one.prompt_tokens else other
+    return msgspec.structs.replace(
+        first, completion_tokens=one.completion_tokens + other.completion_tokens
     )
 
 

@@ -18,7 +18,8 @@ from serverlessllm.backends.base import (
     Offer,
     Refusal,
 )
-from serverlessllm.backends.dialect import GENERATION, Ask, Dialect, Operation, decode
+from serverlessllm.backends.dialect import Dialect
+from serverlessllm.backends.openai_dialect import ForeignDialect
 from serverlessllm.backends.options import parse_options
 from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.ids import Address
@@ -103,32 +104,11 @@ class OpenAI:
 
     def dialect(self, spec: ModelSpec) -> Dialect:
         """`backends.dialect.Speaks`."""
-        return _ForeignDialect(spec.model)
+        return ForeignDialect(spec.model)
 
     def parse_stats(self, body: bytes) -> BackendStats:
         del body
         return BackendStats()
-
-
-class _ForeignDialect(msgspec.Struct, frozen=True):
-    """Everything is tried: what the server has not, its 404 says. What is not in the API is where
-    vLLM and those who follow it have it."""
-
-    model: str
-    operations: frozenset[Operation] = frozenset(Operation)
-    streams_usage: bool = True
-
-    def translate(self, operation: Operation, body: bytes) -> Ask:
-        if operation in GENERATION:
-            return Ask(operation, body)
-        fields = decode(body, dict[str, msgspec.Raw])
-        fields.pop("keep_alive", None)
-        fields["model"] = msgspec.Raw(msgspec.json.encode(self.model))
-        path = _ELSEWHERE.get(operation, operation)
-        return Ask(path, msgspec.json.encode(fields))
-
-
-_ELSEWHERE = {Operation.TOKENIZE: "/tokenize", Operation.DETOKENIZE: "/detokenize"}
 
 
 def _server_address(url: str) -> Address | Refusal:

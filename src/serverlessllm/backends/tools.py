@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import Raw
 
 from serverlessllm.core.errors import InvalidRequest
 from serverlessllm.openai.request.tools import (
@@ -20,6 +20,8 @@ from serverlessllm.openai.request.tools import (
     ToolChoice,
 )
 
+NULL = Raw(b"null")
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 CALLS_MAX = 16
 """Calls of one answer that is made to call."""
 
@@ -70,8 +72,8 @@ class ToolFields(msgspec.Struct, frozen=True, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: Raw | UnsetType | None = UNSET
-    function_call: Raw | UnsetType | None = UNSET
+    functions: Raw = NULL
+    function_call: Raw = NULL
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +106,7 @@ def offered(fields: ToolFields) -> Offer:
         InvalidRequest: it wants what only OpenAI's own models have, or names no tool.
     """
     for field in ("functions", "function_call"):
-        if getattr(fields, field):
+        if bytes(getattr(fields, field)) != bytes(NULL):
             raise InvalidRequest(f"{field}: use tools and tool_choice instead", param=field)
     tools = []
     for place, tool in enumerate(fields.tools or ()):
@@ -141,7 +143,7 @@ def calls_schema(tools: Sequence[FunctionTool], *, several: bool) -> dict[str, A
     for number, tool in enumerate(tools):
         key = f"tool{number}"
         given = tool.function.parameters
-        parameters = {"type": "object"} if given is None else _plain(given)
+        parameters = _NO_PARAMETERS if given is None else _plain(given)
         definitions[key] = _moved(parameters, f"#/$defs/{key}")
         kinds.append(
             {

@@ -107,7 +107,7 @@ class FakeServer:
                 index,
                 "chat",
                 planned(ask, ask.salted(ask.prompt, index), text, self._options.tokens),
-                scored=ask.logprobs is True,
+                alternatives=(ask.top_logprobs or 0) if ask.logprobs else None,
                 call=None if call is None else call.name,
             )
             for index in range(ask.n or 1)
@@ -122,8 +122,9 @@ class FakeServer:
             echo = self._vocabulary.words(prompt) if ask.echo else []
             for number in range(ask.n or 1):
                 plan = planned(ask, ask.salted(prompt, number), None, self._options.tokens)
-                scored = ask.logprobs is not None
-                answers.append(Answer(len(answers), "text", plan, scored=scored, echo=echo))
+                answers.append(
+                    Answer(len(answers), "text", plan, alternatives=ask.logprobs, echo=echo)
+                )
         await self._answer(request, "text", ask, prompts, answers)
 
     async def _embed(self, request: Request) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from serverlessllm.backends.inside.fake_asks import Plan
+from serverlessllm.backends.inside.fake_words import alternatives_of, logprob_of
 
 Kind = Literal["chat", "text"]
 
@@ -19,18 +20,20 @@ class Answer:
         kind: Kind,
         plan: Plan,
         *,
-        scored: bool,
+        alternatives: int | None,
         call: str | None = None,
         echo: Sequence[str] = (),
     ) -> None:
-        """`call`: the name of the function that it calls."""
+        """`alternatives`: told with each token; None: no log probabilities at all. `call`: the
+        name of the function that it calls."""
         self.plan = plan
         self.echo = list(echo)
         self.tokens: list[str] = []
         """So far."""
         self._index = index
         self._kind = kind
-        self._scored = scored
+        self._alternatives = alternatives
+        self._scored = alternatives is not None
         self._call = call
 
     @property
@@ -88,11 +91,20 @@ class Answer:
         return {"id": f"call_fake_{self._index}", "type": "function", "function": function}
 
     def _scores(self, tokens: Sequence[str]) -> dict[str, object]:
-        """Log probabilities in the API's two shapes: every token was certain."""
+        """Log probabilities in the API's two shapes, the same for the same token."""
+        count = self._alternatives or 0
         if self._kind == "chat":
-            content = [
-                {"token": t, "logprob": 0.0, "bytes": list(t.encode()), "top_logprobs": []}
-                for t in tokens
-            ]
+            content = []
+            for token in tokens:
+                others = [_scored(*other) for other in alternatives_of(token, count)]
+                content.append(_scored(token, logprob_of(token)) | {"top_logprobs": others})
             return {"content": content, "refusal": None}
-        return {"tokens": tokens, "token_logprobs": [0.0] * len(tokens), "top_logprobs": None}
+        return {
+            "tokens": tokens,
+            "token_logprobs": [logprob_of(token) for token in tokens],
+            "top_logprobs": [dict(alternatives_of(token, count)) for token in tokens],
+        }
+
+
+def _scored(token: str, logprob: float) -> dict[str, object]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}

@@ -28,6 +28,19 @@ def token_at(prompt: str, number: int) -> str:
     return word if number == 0 else f" {word}"
 
 
+def logprob_of(token: str) -> float:
+    """A small one, by the token alone."""
+    return -(1 + zlib.crc32(token.encode()) % 99) / 100
+
+
+def alternatives_of(token: str, count: int) -> list[tuple[str, float]]:
+    """The token, and others that are less likely."""
+    others = [word for word in dict.fromkeys(WORDS) if word != token.strip()]
+    first = logprob_of(token)
+    ranked = [(token, first), *((f" {word}", first - 1 - n) for n, word in enumerate(others))]
+    return ranked[:count]
+
+
 def embedding_of(text: str, width: int = EMBEDDING_WIDTH) -> list[float]:
     """A unit vector that depends on the text alone."""
     raw = [zlib.crc32(f"{axis} {text}".encode()) / 2**31 - 1 for axis in range(width)]

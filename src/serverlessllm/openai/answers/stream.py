@@ -16,8 +16,9 @@ from serverlessllm.openai.answers.usage import Usage, read_usage
 from serverlessllm.openai.sse import DONE
 
 _END = b"[DONE]"
-_WORDS = (_END, b"")
-"""What is no JSON, and still no nonsense."""
+_WORDS = (_END, b"", b"null")
+"""What is no chunk, and still no nonsense: llama.cpp begins with a null where there are several
+prompts."""
 _encode = msgspec.json.Encoder().encode
 
 

@@ -9,11 +9,11 @@ import re
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, UnsetType
+from msgspec import Meta, Raw
 
 from serverlessllm.backends.inside.transformers.messages import RawMessage
 from serverlessllm.backends.inside.transformers.sampling import Sampling
-from serverlessllm.backends.tools import Offer, ToolFields, offered
+from serverlessllm.backends.tools import NULL, Offer, ToolFields, offered
 from serverlessllm.core.errors import InvalidJSON, InvalidRequest
 from serverlessllm.openai.request.tools import (
     JSONAnswer,
@@ -99,8 +99,8 @@ class ChatAsk(Ask, frozen=True, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: Raw | UnsetType | None = UNSET
-    function_call: Raw | UnsetType | None = UNSET
+    functions: Raw = NULL
+    function_call: Raw = NULL
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     """The last message is the beginning of the answer."""
