@@ -44,15 +44,19 @@ class InstanceEngine:
 
     async def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
         """POST; the data of each server-sent event but `[DONE]`; raises as `ask`."""
+        ended = False
         async with self._send(path, body) as response:
             async for line in response.lines():
-                if not line.startswith(_DATA):
+                # Read on after the end: only a connection whose answer is done is used again.
+                if ended or not line.startswith(_DATA):
                     continue
                 data = line[len(_DATA) :].strip()
                 if data == _END:
-                    return
-                yield data
-        raise BackendProtocolError("the model's backend ended its stream early")
+                    ended = True
+                else:
+                    yield data
+        if not ended:
+            raise BackendProtocolError("the model's backend ended its stream early")
 
     @contextlib.asynccontextmanager
     async def _send(self, path: str, body: bytes, method: str = "POST") -> AsyncIterator[Response]:

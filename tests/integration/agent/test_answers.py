@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from serverlessllm.agent.operations import InstanceEngine
 from serverlessllm.core.agentapi import MODEL_HEADER, REFUSED_HEADER, TOKEN_HEADER, USAGE_HEADER
 from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.ids import Address, ModelId
@@ -141,6 +142,28 @@ async def test_connections_to_the_engine_are_used_again(engine: Engine, agent: A
     engine.says(WHOLE, headers=JSON)
     assert (await agent.chat(MODEL))[0] == 200
     assert upstreams.opened(address) <= before + 1
+
+
+async def test_so_is_the_connection_of_a_stream_that_a_dialect_reads(
+    engine: Engine, agent: AgentClient
+) -> None:
+    async def script(request: Request) -> None:
+        request.start(200, EVENTS)
+        await request.write(FIRST + DONE)
+        await asyncio.sleep(0)  # the end comes by itself
+        request.finish()
+
+    engine.script = script
+    upstreams = agent.agent._upstreams
+    slots = agent.agent._instances.slots(ModelId(MODEL))
+    assert slots is not None
+    async with slots.lease(None) as instance:
+        dialects = InstanceEngine(instance, upstreams, "r", 1000)
+        before = upstreams.opened(instance.address)
+        for _ in range(5):
+            said = [data async for data in dialects.stream("/v1/chat/completions", b"{}")]
+            assert said == [FIRST.removeprefix(b"data: ").strip()]
+        assert upstreams.opened(instance.address) <= before + 1
 
 
 async def test_each_event_comes_out_before_the_next_goes_in(
