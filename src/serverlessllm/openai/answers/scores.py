@@ -92,13 +92,21 @@ def text_scores(said: Scores, offset: int) -> TextScores | None:
         for number, logprob in enumerate(_fitted(said.token_logprobs, count))
     ]
     top = [
-        {token: NEVER if logprob is None else logprob for token, logprob in (each or {}).items()}
+        {other: NEVER if logprob is None else logprob for other, logprob in (each or {}).items()}
         for each in _fitted(said.top_logprobs, count)
     ]
+    _tell_chosen(tokens, logprobs, top)
     offsets = said.text_offset
     if offsets is None or len(offsets) != count:
         offsets = _offsets(tokens, offset)
     return TextScores(offsets, logprobs, tokens, top)
+
+
+def _tell_chosen(tokens: list[str], logprobs: list[float], top: list[dict[str, float]]) -> None:
+    """Where alternatives are told, the token itself is among them, likely or not."""
+    for token, logprob, others in zip(tokens, logprobs, top, strict=True):
+        if others:
+            others.setdefault(token, logprob)
 
 
 def _fitted(values: list[_T | None] | None, count: int) -> list[_T | None]:
@@ -127,15 +135,13 @@ def _from_chat(content: list[Token], offset: int) -> TextScores:
     for token in content:
         token.settle()
     tokens = [token.token for token in content]
-    return TextScores(
-        _offsets(tokens, offset),
-        [NEVER if token.logprob is None else token.logprob for token in content],
-        tokens,
-        [
-            {each.token: NEVER if each.logprob is None else each.logprob for each in top}
-            for top in (token.top_logprobs or [] for token in content)
-        ],
-    )
+    logprobs = [NEVER if token.logprob is None else token.logprob for token in content]
+    top = [
+        {each.token: NEVER if each.logprob is None else each.logprob for each in others}
+        for others in (token.top_logprobs or [] for token in content)
+    ]
+    _tell_chosen(tokens, logprobs, top)
+    return TextScores(_offsets(tokens, offset), logprobs, tokens, top)
 
 
 def _offsets(tokens: list[str], offset: int) -> list[int]:
