@@ -26,12 +26,15 @@ _PIPELINE_FACTOR = 8
 class Connection(asyncio.Protocol):
     """Answers requests in the order they came, one handler each."""
 
-    def __init__(self, server: EdgeServer) -> None:
+    def __init__(self, server: EdgeServer, *, counted: bool = True) -> None:
         self.server = server
+        self.counted = counted
+        """Whether it is one of those that `connections_max` is about."""
         self.lost = False
         self._settings = server.settings
         self._transport: asyncio.Transport
         self._receiver = Receiver(self)
+        self.own_headers = server.answer_headers
         self._reading = True
         # Answering.
         self._active: Request | None = None
@@ -53,7 +56,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         high = self._settings.write_buffer_bytes_max
         self._transport.set_write_buffer_limits(high=high, low=high // 4)
-        spare = self._settings.connections_max - self.server.admit(self)
+        spare = self.server.admit(self)
         if spare < -self._settings.backlog:
             self._transport.abort()  # too many even to be told so
         elif spare < 0:
@@ -63,7 +66,8 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._receiver.feed(data)
-        self._proceed()
+        if self._run is None:
+            self._proceed()
 
     def eof_received(self) -> None:
         # A FIN is the only sign of a departed client: nothing may be kept open for it. What is
@@ -117,16 +121,27 @@ class Connection(asyncio.Protocol):
 
     def _proceed(self) -> None:
         """Start the handler whose turn it is. Not from inside the parser: it may answer at once."""
-        if self._full:
-            return  # answers that nobody reads would pile up
         request = self._active
-        if request is not None and request.ready and self._run is None and not self.lost:
+        if (
+            request is not None
+            and self._run is None
+            and not self._full  # answers that nobody reads would pile up
+            and not self.lost
+            and (request.ready or self._refused_early(request))
+        ):
             server = self.server
             run = self._run = Run(self._handle(request), server.loop)
             if server.stepped:
                 run.step()
             else:
                 run.become_task()
+
+    def _refused_early(self, request: Request) -> bool:
+        """Whether the handler need not wait for the rest of the body; asked once a request."""
+        if not request.judged:
+            request.judged = True
+            request.ready = self.server.refuses(request)
+        return request.ready
 
     async def _handle(self, request: Request) -> None:
         """The boundary of a request: whatever goes wrong in it ends here."""
@@ -227,9 +242,6 @@ class Connection(asyncio.Protocol):
             or receiver.receiving is self._active
             or (receiver.deaf and not self._queue)
         )
-
-    def own_headers(self, request: Request) -> bytes:
-        return self.server.answer_headers(request)
 
     def cut(self) -> None:
         if not self.lost:

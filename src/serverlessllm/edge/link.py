@@ -7,7 +7,6 @@ import math
 import re
 import types
 from collections.abc import Callable, Generator
-from enum import IntEnum
 from typing import TYPE_CHECKING, Any, cast
 
 import httptools
@@ -18,6 +17,7 @@ from serverlessllm.edge.errors import (
     UpstreamProtocolError,
     UpstreamTimeout,
 )
+from serverlessllm.edge.states import Framing, LinkState
 from serverlessllm.edge.steps import Run
 from serverlessllm.edge.wire import LAST_CHUNK
 
@@ -28,33 +28,12 @@ _framing = re.compile(
     rb"\r\n(?:content-length:[ \t]*(\d+)|transfer-encoding:[ \t]*([^\r]*))", re.IGNORECASE
 )
 _event_ends = (b"\n\n", b"\r\n\r\n", b"\r\r")
-_TAIL = 8
-"""Bytes that tell whether an answer stands at the end of a chunk and of an event."""
+_EVENT_END = b"\n\n\r\n"
+"""Of an event that is a chunk's end, too: as most pieces of a stream end, and no trailers can."""
 _last_chunk = re.compile(rb"(?:\A|\n)0+(?:;[^\r\n]*)?\r\n((?:[!-9;-~]+:[^\r\n]*\r\n)*)\r\n\Z")
 """The end of a chunked body, trailers included, and nothing after it."""
 _LAST_CHUNK_MAX = 4096
 """Bytes of trailers that are looked through for it."""
-
-
-class LinkState(IntEnum):
-    """What a link is doing."""
-
-    IDLE = 0
-    HEAD = 1
-    """A request was sent; its answer's head is awaited."""
-    BODY = 2
-    DONE = 3
-    """The answer is whole."""
-    DEAD = 4
-
-
-class Framing(IntEnum):
-    """How the end of an answer's body is told."""
-
-    NONE = 0
-    LENGTH = 1
-    CHUNKED = 2
-    CLOSE = 3
 
 
 # An enum's member costs more to look up than everything else done for a chunk.
@@ -257,6 +236,9 @@ class Link(asyncio.Protocol):
                     self._die(UpstreamProtocolError("the backend's headers are too long"))
                 return
             head = data[:end]
+            if not head.startswith(b"HTTP/1."):  # the parser skips line breaks, clients may not
+                self._die(UpstreamProtocolError("the backend's answer is not HTTP"))
+                return
             try:
                 self._feed(head)
             except httptools.HttpParserUpgrade:
@@ -289,12 +271,27 @@ class Link(asyncio.Protocol):
         elif found[1] is not None:
             self.framing = LENGTH
             self._left = int(found[1])
+            if len(rest) == self._left:
+                self._take_whole(rest)
+                return
         elif found[2].strip().lower() == b"chunked":
             self.framing = CHUNKED
         else:
             self._die(UpstreamProtocolError("the backend's transfer-encoding is not known"))
         if rest and self.state is BODY:
             self._take_body(rest)
+
+    def _take_whole(self, body: bytes) -> None:
+        """The common short answer: its body came with its head, and nothing after it."""
+        try:
+            self._feed(body)
+        except httptools.HttpParserError:
+            self._die(UpstreamProtocolError("the backend's answer is not HTTP"))
+            return
+        self.passed_bytes = len(body)
+        self._kept.append(body)
+        self._kept_bytes = len(body)
+        self.state = DONE
 
     def _take_body(self, data: bytes) -> None:
         if self.framing is not CLOSE:
@@ -310,7 +307,9 @@ class Link(asyncio.Protocol):
             if self._whole and not self._ends_exactly(data):
                 return
         self.passed_bytes += len(data)
-        self._tail = data if len(data) >= _TAIL else self._tail[-_TAIL:] + data
+        ends = data.endswith(_EVENT_END) or len(data) >= _LAST_CHUNK_MAX
+        # Else the last chunk and its trailers may come in any number of pieces.
+        self._tail = data if ends else (self._tail + data)[-_LAST_CHUNK_MAX:]
         if self.sink is not None:
             self.sink(data)
         else:

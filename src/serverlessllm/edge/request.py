@@ -29,11 +29,13 @@ _count = itertools.count(1)
 class RequestHeaders:
     """Header fields by lower-case name; of a repeated one the last."""
 
-    __slots__ = ("_asked", "fields")
+    __slots__ = ("_asked", "fields", "reading")
 
     def __init__(self, fields: dict[bytes, bytes]) -> None:
         self.fields = fields
         """As they came."""
+        self.reading: object = None
+        """What a handler made of them; a connection's next request may have the same."""
         self._asked: dict[str, str | None] = {}
 
     def get(self, name: str) -> str | None:
@@ -122,6 +124,8 @@ class Request:
     caller: object = None
     ready = False
     """Whether the handler may start: the message is whole, or it awaits the rest itself."""
+    judged = False
+    """Whether its head was looked at, as its body is still to come."""
     framed = True
     """Whether the client understands chunks; HTTP/1.0 reads until the connection closes."""
     started = False

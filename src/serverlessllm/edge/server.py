@@ -7,6 +7,7 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = ["EdgeServer", "Headers", "Request", "RequestHeaders"]
 RenderError = Callable[[SLLMError], tuple[int, Sequence[tuple[str, str]], bytes]]
 Handler = Callable[[Request], Awaitable[None]]
 AnswerHeaders = Callable[[Request], bytes]
+Refuses = Callable[[Request], bool]
 
 _TURNS_TO_CONNECT = 3
 """Turns of the event loop from `accept` to `connection_made`."""
@@ -31,6 +33,10 @@ _TURNS_TO_CONNECT = 3
 
 def _no_headers(_: Request) -> bytes:
     return b""
+
+
+def _never(_: Request) -> bool:
+    return False
 
 
 def _free(path: str) -> None:
@@ -46,6 +52,8 @@ class EdgeServer:
     exception is logged with the request's id and rendered as an internal error.
     `answer_headers` gives the header lines (`b"name: value\\r\\n"` each) that every answer
     carries beside `x-request-id`: errors, refusals and relayed answers included.
+    `refuses` is asked of a request whose body is still to come: whether the handler will refuse it
+    whatever the body is, and so starts at once, and nothing is kept of the body.
     `stepped` handlers run without a task until they wait for more than an exchange with an
     upstream (`edge.steps`); one that needs a task from the start says `await in_task()`.
 
@@ -61,6 +69,7 @@ class EdgeServer:
         clock: Clock,
         answer_headers: AnswerHeaders = _no_headers,
         *,
+        refuses: Refuses = _never,
         stepped: bool = False,
     ) -> None:
         self.handler = handler
@@ -68,12 +77,15 @@ class EdgeServer:
         self.render_error = render_error
         self.clock = clock
         self.answer_headers = answer_headers
+        self.refuses = refuses
         self.stepped = stepped
         self.loop: asyncio.AbstractEventLoop
         self.stopping = False
         """Whether each answer is the last of its connection."""
         self.sweeper = Sweeper(self._sweep, settings.sweep_interval_s, clock)
         self._connections: set[Connection] = set()
+        self._counted = 0
+        """Of them: those that `connections_max` is about."""
         self._leaving: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.Server] = []
         self._paths: list[str] = []
@@ -85,11 +97,14 @@ class EdgeServer:
         address: Address,
         bound: socket.socket | None = None,
         tls: ssl.SSLContext | None = None,
+        *,
+        counted: bool = True,
     ) -> Address:
         """Listen on `unix:/path` or `http://host:port`; port 0 takes a free one. Returns the
         actual address. May be called again, for one address more. `bound` is a socket that has
         the address already, perhaps with other processes; it is closed with the listener. With
-        `tls` a port speaks https; its address stays `http://`.
+        `tls` a port speaks https; its address stays `http://`. Connections that are not `counted`
+        are never one too many: they come from whoever bounds them already.
 
         Raises:
             OSError: the address cannot be had.
@@ -98,18 +113,19 @@ class EdgeServer:
         self.loop = asyncio.get_running_loop()
         where = split_address(address)
         backlog = self.settings.backlog
+        connect = partial(Connection, self, counted=counted)
         if bound is not None:
             listener = await self.loop.create_server(
-                self._connect, sock=bound, backlog=backlog, **self._tls_options(tls)
+                connect, sock=bound, backlog=backlog, **self._tls_options(tls)
             )
         elif isinstance(where, str):
             _free(where)
             self._paths.append(where)
-            listener = await self.loop.create_unix_server(self._connect, where, backlog=backlog)
+            listener = await self.loop.create_unix_server(connect, where, backlog=backlog)
         else:
             host, port = where
             listener = await self.loop.create_server(
-                self._connect, host, port, backlog=backlog, **self._tls_options(tls)
+                connect, host, port, backlog=backlog, **self._tls_options(tls)
             )
             port = listener.sockets[0].getsockname()[1]
             address = join_address(host, port)
@@ -187,18 +203,22 @@ class EdgeServer:
 
     # What connections tell.
 
-    def _connect(self) -> Connection:
-        return Connection(self)
-
     def admit(self, connection: Connection) -> int:
-        """A connection is open; returns how many are."""
+        """A connection is open; returns for how many more there is room, below 0: for this one
+        there is none."""
         self._connections.add(connection)
         self._empty.clear()
-        return len(self._connections)
+        if not connection.counted:
+            return 0
+        self._counted += 1
+        return self.settings.connections_max - self._counted
 
     def forget(self, connection: Connection) -> None:
         """A connection is gone."""
-        self._connections.discard(connection)
+        if connection not in self._connections:
+            return
+        self._connections.remove(connection)
+        self._counted -= connection.counted
         if not self._connections:
             self._empty.set()
 

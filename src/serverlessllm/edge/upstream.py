@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Generator, Sequence
 from types import TracebackType
+from typing import Any
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.ids import Address
@@ -242,15 +243,25 @@ class Exchange:
                 raise error
             link = await pool.connect()
 
-    async def __aexit__(
+    def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
-        link = self._link
-        if link is not None:
-            link.finish()
+    ) -> Awaitable[None]:
+        if self._link is not None:
+            self._link.finish()
+        return _NOTHING
+
+
+class _Nothing:
+    """What need not be waited for."""
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return iter(())  # type: ignore[return-value] # nothing is ever sent to it
+
+
+_NOTHING = _Nothing()
 
 
 class Upstreams:

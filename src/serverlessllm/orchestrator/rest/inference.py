@@ -36,6 +36,7 @@ from serverlessllm.orchestrator.rest.guard import caller_of
 from serverlessllm.orchestrator.rest.loading import (
     Narrator,
     StillLoading,
+    Wishes,
     read_wishes,
     wait_budget_s,
 )
@@ -90,8 +91,10 @@ class Inference:
             SLLMError: nothing was answered, or only comments were (`request.started`).
         """
         headers = request.headers
-        check_content_type(headers.get("content-type"))
-        wishes = read_wishes(headers)
+        wishes = headers.reading
+        if not isinstance(wishes, Wishes):
+            check_content_type(headers.get("content-type"))
+            wishes = headers.reading = read_wishes(headers)
         body = request.whole
         if body is None:
             body = await request.body()
@@ -168,7 +171,13 @@ class Inference:
                     if _REFUSED in response.link.head:
                         await self._note_refusal(call, lease, response)
                         return False
-                    await self._pass_on(call, lease, response)
+                    call.status = response.status
+                    if call.begun is None and relay_whole(call.request, response):
+                        call.timing.first_byte_s = self._clock.now_s()
+                        self._note_usage(call, response)
+                        self._note_times(call, lease)
+                    else:
+                        await self._pass_on(call, lease, response)
                     return True
         except UpstreamBusy as error:
             call.error = error
@@ -187,7 +196,6 @@ class Inference:
 
     async def _pass_on(self, call: Call, lease: Lease, response: Response) -> None:
         request, timing = call.request, call.timing
-        call.status = response.status
         self._end_retry(call)
         if request.started and response.status != _OK:
             raise await refusal(response)
@@ -202,16 +210,13 @@ class Inference:
             timing.first_byte_s = self._clock.now_s()
             call.begin()
 
-        ok = True
         try:
-            if not relay_whole(request, response, on_first_byte=first_byte):
-                relayed = await relay(
-                    request, response, error_event=_DIED_EVENT, on_first_byte=first_byte
-                )
-                ok = relayed.ok
+            relayed = await relay(
+                request, response, error_event=_DIED_EVENT, on_first_byte=first_byte
+            )
         finally:
             self._note_usage(call, response)
-        if not ok:
+        if not relayed.ok:
             self._view.failed(lease.agent)
         self._note_times(call, lease)
 
