@@ -197,9 +197,10 @@ class Orchestrator:
         self._run("vigil", self._vigil.run)
         self._run("replicas", self._keep_replicas)
         models = Models(self._settings, view=self.view, room=self._room)
+        guard = Guard(self._settings, listen, view=self.view, quotas=self.quotas)
         self._routes = routes = Routes(
             self._settings,
-            guard=Guard(self._settings, listen, view=self.view, quotas=self.quotas),
+            guard=guard,
             inference=self._inference,
             view=self.view,
             upstreams=self._upstreams,
@@ -220,9 +221,11 @@ class Orchestrator:
             render,
             self._clock,
             routes.answer_headers,
+            refuses=guard.refuses,
             stepped=True,
         )
-        await self._edge.start(self._front.address)
+        # Bounded by the clients' own: refused there, a request that was taken would fail halfway.
+        await self._edge.start(self._front.address, counted=False)
         await self._start_grpc()
         if self._workers is not None:
             return await self._workers.start(listen)

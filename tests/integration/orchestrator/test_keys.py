@@ -10,6 +10,7 @@ import pytest
 
 from serverlessllm.core.apikeys import NewApiKey, Scope
 from serverlessllm.orchestrator.rest import wire
+from serverlessllm.testing.kept import Kept
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -187,3 +188,39 @@ async def test_an_outage_keeps_the_keys_that_are_known(cluster):
     assert (await c.chat("m", headers=bearer(text))).status == 200
     assert (await c.chat("m")).status == 401
     assert (await c.chat("m", headers=bearer("guess"))).status == 401
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_whoever_has_no_key_is_told_so_before_a_body_is_taken(cluster, workers):
+    c = await cluster(agents=0, workers=workers)
+    _, text = await make(c, scopes=tuple(Scope))
+    await c.ask("/metrics", headers=bearer(text))  # every worker answers after it heard of the key
+    for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/models", "/none"):
+        for framing in (
+            "content-length: 60000",
+            "content-length: 600000",
+            "content-length: 600000\r\nupgrade: h2c\r\nconnection: upgrade",
+            "transfer-encoding: chunked",
+        ):
+            head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{framing}\r\n\r\n".encode()
+            kept = await Kept.open(c.url)
+            kept.writer.write(head)
+            answer = await asyncio.wait_for(kept.answer(), 20)
+            assert (answer.status, answer.headers["connection"]) == (401, "close")
+            said = msgspec.json.decode(answer.body)
+            assert (said.get("type") == "error") == (path == "/v1/messages")
+            assert not await asyncio.wait_for(kept.reader.read(), 20)
+            await kept.close()
+    body = b'{"model":5,"messages":[]}'
+    kept = await Kept.open(c.url)
+    kept.writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
+        b"\r\nauthorization: Bearer %b\r\ncontent-length: %d\r\n\r\n" % (text.encode(), len(body))
+    )
+    await kept.writer.drain()
+    for piece in (body[:9], body[9:]):
+        kept.writer.write(piece)
+        await kept.writer.drain()
+        await asyncio.sleep(0)
+    assert (await asyncio.wait_for(kept.answer(), 20)).status == 400
+    await kept.close()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from serverlessllm.core.apikeys import ApiKey, Scope, digest_of
-from serverlessllm.core.errors import Forbidden, MetadataUnavailable, Unauthorized
+from serverlessllm.core.errors import Forbidden, MetadataUnavailable, SLLMError, Unauthorized
 from serverlessllm.core.ids import Address, ModelId, is_loopback
 from serverlessllm.edge.server import Request
 from serverlessllm.orchestrator.rest.quota import Quotas
@@ -156,6 +156,15 @@ class Guard:
         if scope is not ANY and scope not in caller.scopes:
             raise InsufficientScope(f"this API key lacks the scope {scope}")
         request.caller = caller
+
+    def refuses(self, request: Request) -> bool:
+        """Whether no body is taken from whoever sends this head, wherever it goes."""
+        try:
+            self.check(request, ANY)
+        except SLLMError:
+            return True
+        request.caller = None
+        return False
 
     def _asks(self) -> bool:
         """Whether a key is asked for.

@@ -39,14 +39,15 @@ class Passing:
         self._upstreams = upstreams
         self._front = front
 
-    async def serve(self, request: Request) -> None:
+    async def serve(self, request: Request, *, with_body: bool) -> None:
         """Ask the main process for the answer; a client that leaves takes the question back.
+        Without its body the answer is a refusal, in the words of its route.
 
         Raises:
             Unavailable: it does not answer.
         """
         await in_task()
-        body = await request.body()
+        body = await request.body() if with_body else b""
         path = f"{request.path}?{request.query}" if request.query else request.path
         headers = [(name, v) for name, v in request.headers.items() if name not in _NOT_PASSED_ON]
         headers.append(("x-request-id", request.id))

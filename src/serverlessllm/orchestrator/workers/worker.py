@@ -93,7 +93,13 @@ class Worker:
             clock=clock,
         )
         self._edge = EdgeServer(
-            self._handle, start.edge, render, clock, self._routes.answer_headers, stepped=True
+            self._handle,
+            start.edge,
+            render,
+            clock,
+            self._routes.answer_headers,
+            refuses=self._guard.refuses,
+            stepped=True,
         )
         self._gauges = RequestGauges()
         self._tls: ssl.SSLContext | None = None
@@ -153,7 +159,7 @@ class Worker:
             await self._routes.handle(request)
         else:
             self._guard.check(request, None)
-            await self._passing.serve(request)
+            await self._passing.serve(request, with_body=not self._guard.refuses(request))
 
     def _renew_certificate(self) -> None:
         settings = self._start.settings
