@@ -234,6 +234,24 @@ async def test_too_many_connections_are_told_so(make_edge: MakeEdge) -> None:
     assert (await first.answer()).status == 200
 
 
+async def test_connections_that_are_not_counted_take_nobody_s_place(
+    make_edge: MakeEdge, short_path: Path
+) -> None:
+    edge = await make_edge(ok, connections_max=1)
+    await edge.server.start(Address(f"unix:{short_path}/own.sock"), counted=False)
+    own = [await asyncio.open_unix_connection(short_path / "own.sock") for _ in range(3)]
+    await until(lambda: edge.server.connections == 3)
+    first = await edge.connect(post(b""))
+    assert (await first.answer()).status == 200
+    second = await edge.connect()
+    assert (await second.answer()).status == 503
+    for reader, writer in own:
+        writer.write(post(b""))
+        assert (await reader.readline()).split()[1] == b"200"
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_running_out_of_descriptors_is_survived(make_edge: MakeEdge) -> None:
     edge = await make_edge(ok)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

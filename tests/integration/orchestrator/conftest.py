@@ -444,9 +444,14 @@ async def cluster() -> AsyncIterator[Callable[..., object]]:
     """`await cluster(agents=1, **settings)` → a running `Cluster`."""
     async with AsyncExitStack() as stack:
 
-        async def start(agents: int = 1, drain_accept_s: float = 0.0, **fields: object) -> Cluster:
+        async def start(
+            agents: int = 1,
+            drain_accept_s: float = 0.0,
+            connections_max: int = 4096,
+            **fields: object,
+        ) -> Cluster:
             settings = msgspec.convert({"agent_wait_s": 0.3, **fields}, OrchestratorSettings)
-            edge = EdgeSettings(drain_accept_s=drain_accept_s)
+            edge = EdgeSettings(drain_accept_s=drain_accept_s, connections_max=connections_max)
             return await stack.enter_async_context(_running(agents, settings, edge))
 
         yield start

@@ -346,3 +346,12 @@ async def test_an_answer_has_a_bound(cluster):
     events = await stream(c)
     assert events[-1]["type"] == "response.failed"
     assert len(c.front._responses.kept) == 0
+
+
+async def test_requests_of_our_own_take_no_client_s_connection(cluster):
+    c = await cluster(connections_max=1)
+    await c.warm("m")
+    assert (await c.ask("/v1/chat/completions", {"model": "m", "messages": []})).status == 400
+    for _ in range(2):
+        answer = await ask(c, body=ASK)
+        assert (answer.status, answer.json()["status"]) == (200, "completed")
