@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from serverlessllm.agent.instance import Instance
 from serverlessllm.core.errors import BackendProtocolError
@@ -42,7 +42,7 @@ class InstanceEngine:
         async with self._send(path, b"", "GET") as response:
             return await response.read(self._bytes_max)
 
-    async def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
+    async def stream(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
         """POST; the data of each server-sent event but `[DONE]`; raises as `ask`."""
         ended = False
         async with self._send(path, body) as response:

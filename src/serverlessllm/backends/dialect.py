@@ -7,7 +7,7 @@ is made spec-complete afterwards by `serverlessllm.openai.answers`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from enum import StrEnum
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -56,7 +56,7 @@ class Engine(Protocol):
         """GET; raises as `ask`."""
         ...
 
-    def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
+    def stream(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
         """POST; the data of each server-sent event but `[DONE]`; raises as `ask`."""
         ...
 

@@ -7,6 +7,7 @@ It counts the tokens of the first of several prompts only, and knows neither `ec
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
@@ -234,17 +235,20 @@ class Texts:
             "n_predict": asked["max_tokens"],
         }
         del asked["prompt"]
-        async for data in engine.stream("/infill", _encoder.encode(asked)):
-            event = read_filled(data)
-            if event.stop:
-                spent = Usage(event.tokens_evaluated, event.tokens_predicted)
-                self._usage = another(self._usage, spent)
-            yield Piece(
-                index=index,
-                text=event.content,
-                scores=event.completion_probabilities,
-                finish_reason=_REASONS.get(event.stop_type, "stop") if event.stop else None,
-            )
+        async with contextlib.aclosing(engine.stream("/infill", _encoder.encode(asked))) as events:
+            async for data in events:
+                event = read_filled(data)
+                yield Piece(
+                    index=index,
+                    text=event.content,
+                    scores=event.completion_probabilities,
+                    finish_reason=_REASONS.get(event.stop_type, "stop") if event.stop else None,
+                )
+                if event.stop:  # this stream has no other end
+                    spent = Usage(event.tokens_evaluated, event.tokens_predicted)
+                    self._usage = another(self._usage, spent)
+                    return
+        raise BackendProtocolError("the model's backend ended its stream early")
 
     def _count(self, usage: Usage) -> None:
         self._usage = add_usage(self._usage, usage)

@@ -47,12 +47,14 @@ def write_random_gguf(
     width: int = 64,
     name: str = "random",
     alignment: int = 32,
+    gaps: bool = False,
 ) -> Path:
     """Write a llama-architecture GGUF (F32, about 0.5 MB) that llama.cpp loads and chats with.
 
     It answers in the words of `WORDS` and hardly ever ends by itself: give `max_tokens`.
     Another `seed` gives other weights of the same shape, more `layers` or `width` (a multiple
-    of 16) a bigger file. Context: 4,096 tokens. The same arguments give the same bytes.
+    of 16) a bigger file. With `gaps` its last words mark a gap to be filled. Context: 4,096 tokens.
+    The same arguments give the same bytes.
     """
     import gguf
     import numpy as np
@@ -64,6 +66,8 @@ def write_random_gguf(
     writer.add_license("apache-2.0")
     _add_shape(writer, layers, width)
     _add_tokenizer(writer)
+    for mark, name in enumerate(("pre", "suf", "mid") if gaps else (), start=_VOCABULARY - 3):
+        writer.add_uint32(f"tokenizer.ggml.fim_{name}_token_id", mark)
     for tensor, shape in _llama_tensors(layers, width):
         writer.add_tensor(tensor, _weight(random, tensor, shape))
     writer.write_header_to_file()
