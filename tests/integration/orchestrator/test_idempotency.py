@@ -156,6 +156,34 @@ async def test_answers_are_kept_within_bounds(cluster):
         answer = await c.ask(PATH, {**CHAT, "seed": 5}, headers=under("long"))
         assert answer.status == 200
         assert "idempotency-replayed" not in answer.headers
+    counted = (await c.ask("/metrics")).body.decode()
+    assert 'status="200"' in counted
+    assert 'status="0"' not in counted
+
+
+async def test_what_is_being_answered_takes_room_of_what_is_kept(cluster):
+    c, agent = await warm(cluster, idempotency_bytes_max=5000)
+    await c.ask(PATH, CHAT, headers=under("old"))
+    agent.tokens = ["x" * 3000, "y"]
+    agent.token_gate.clear()
+    body = {**CHAT, "stream": True}
+    clients = [await c.open(body, headers=dict(under(f"new{n}"))) for n in range(3)]
+    for client in clients:
+        await client.read_until(b"x" * 3000)
+    replays = c.front._routes._replays
+    assert 3000 < replays._bytes <= 5000
+    agent.token_gate.set()
+    for client in clients:
+        await client.read_until(b"[DONE]")
+        await client.leave()
+    await c.until(lambda: not replays._running)
+    assert sum(kept.size_bytes for kept in replays._kept.values()) == replays._bytes
+    said = [
+        "idempotency-replayed" in (await c.ask(PATH, body, headers=under(key))).headers
+        for key in ("new0", "new1")
+    ]
+    assert said == [True, False]
+    assert "idempotency-replayed" not in (await c.ask(PATH, CHAT, headers=under("old"))).headers
 
 
 async def test_an_answer_is_forgotten_in_time(cluster):

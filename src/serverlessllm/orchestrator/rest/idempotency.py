@@ -75,12 +75,16 @@ class _Kept:
 
 
 class Recorder:
-    """Between a request and its connection (`request.Line`): keeps a copy of what goes out."""
+    """Between a request and its connection (`request.Line`): keeps a copy of what goes out, as long
+    as `take` has room for the bytes."""
 
-    def __init__(self, line: Line, bytes_max: int) -> None:
+    def __init__(self, line: Line, bytes_max: int, take: Callable[[int], bool]) -> None:
         self._line = line
         self._left = bytes_max
+        self._take = take
         self._pieces: list[bytes] = []
+        self.size_bytes = 0
+        """Of the copy."""
 
     @property
     def lost(self) -> bool:
@@ -89,14 +93,24 @@ class Recorder:
     @property
     def data(self) -> bytes:
         """All of it; empty when it was too much."""
-        return b"".join(self._pieces) if self._left >= 0 else b""
+        return b"".join(self._pieces)
 
     def _keep(self, data: bytes) -> None:
+        if self._left < 0:
+            return
         self._left -= len(data)
-        if self._left >= 0:
+        if self._left >= 0 and self._take(len(data)):
             self._pieces.append(data)
+            self.size_bytes += len(data)
         else:
-            self._pieces.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Give the copy up, and the bytes back."""
+        self._pieces.clear()
+        self._left = -1
+        self._take(-self.size_bytes)
+        self.size_bytes = 0
 
     def send(self, data: bytes) -> None:
         self._keep(data)
@@ -137,11 +151,13 @@ class Replays:
         self._kept: dict[Scope, _Kept] = {}
         """The oldest first."""
         self._bytes = 0
+        """Of what is kept, and of what is being recorded."""
 
     async def answer(
-        self, request: Request, key: str, serve: Callable[[Request], Awaitable[object]]
+        self, request: Request, key: str, serve: Callable[[Request], Awaitable[int | None]]
     ) -> int:
-        """Let `serve` answer, or give the answer that it gave before; the status.
+        """Let `serve` answer, or give the answer that it gave before; the status, 0 where `serve`
+        does not tell.
 
         Raises:
             InvalidRequest: the key is empty or too long.
@@ -175,45 +191,58 @@ class Replays:
         request: Request,
         scope: Scope,
         kept: _Kept,
-        serve: Callable[[Request], Awaitable[object]],
+        serve: Callable[[Request], Awaitable[int | None]],
     ) -> int:
         if len(self._running) >= self._settings.idempotency_keys_max:
             raise TooManyRequests("too many requests with an Idempotency-Key are running")
         self._running[scope] = kept
         line = request.line
-        request.line = recorder = Recorder(line, self._settings.idempotency_answer_bytes_max)
+        most = self._settings.idempotency_answer_bytes_max
+        request.line = recorder = Recorder(line, most, self._take)
         try:
-            await serve(request)
-            if not (request.connected and request.finished):
-                return 0
-            return self._keep(scope, kept, recorder.data)
+            status = await serve(request)
+            if request.connected and request.finished:
+                data = recorder.data
+                recorder.forget()
+                self._keep(scope, kept, data)
+            return status or 0
         finally:
+            recorder.forget()
             request.line = line
             del self._running[scope]
 
-    def _keep(self, scope: Scope, kept: _Kept, data: bytes) -> int:
-        """Keep the answer, if it is one to be given again; its status."""
+    def _take(self, size_bytes: int) -> bool:
+        """Count bytes of a recording, if there is room when older answers are forgotten."""
+        if size_bytes > 0 and self._bytes + size_bytes > self._settings.idempotency_bytes_max:
+            self._forget_old(size_bytes)
+            if self._bytes + size_bytes > self._settings.idempotency_bytes_max:
+                return False
+        self._bytes += size_bytes
+        return True
+
+    def _keep(self, scope: Scope, kept: _Kept, data: bytes) -> None:
+        """Keep the answer, if it is one to be given again."""
         head, _, body = data.partition(_HEAD_END)
         status = int(head[9:12] or b"0")
         whole = _whole(head.lower(), body)
         if not status or status >= _ERROR_STATUS_MIN or whole is None:
-            return status
+            return
         kept.status, kept.body = status, whole
         kept.lines = _NOT_AGAIN.sub(b"", head) + b"\r\n"
         kept.ends_s = self._clock.now_s() + self._settings.idempotency_ttl_s
         self._kept[scope] = kept
         self._bytes += kept.size_bytes
         self._forget_old()
-        return status
 
-    def _forget_old(self) -> None:
+    def _forget_old(self, room_bytes: int = 0) -> None:
+        """Forget what is over its time, and what is over the bounds with `room_bytes` more."""
         settings, now_s = self._settings, self._clock.now_s()
         while self._kept:
             scope, oldest = next(iter(self._kept.items()))
             if (
                 now_s < oldest.ends_s
                 and len(self._kept) <= settings.idempotency_keys_max
-                and self._bytes <= settings.idempotency_bytes_max
+                and self._bytes + room_bytes <= settings.idempotency_bytes_max
             ):
                 return
             del self._kept[scope]
