@@ -103,6 +103,8 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What stored responses may take together."""
     responses_ttl_s: float = 86_400.0
     """How long a response is stored."""
+    conversation_bytes_max: int = 16 * MIB
+    """Stored items that one request goes on from, or refers to, each time that it does."""
     translated_bytes_max: int = 64 * MIB
     """Of one chat's answer that is told in another dialect (`/v1/responses`, `/v1/messages`)."""
 

@@ -355,3 +355,30 @@ async def test_requests_of_our_own_take_no_client_s_connection(cluster):
     for _ in range(2):
         answer = await ask(c, body=ASK)
         assert (answer.status, answer.json()["status"]) == (200, "completed")
+
+
+async def test_a_small_request_may_not_refer_to_much(cluster):
+    c = await cluster(conversation_bytes_max=100_000)
+    await c.warm("m")
+    item = {"type": "message", "role": "user", "id": "long", "content": "x" * 60_000}
+    first = (await ask(c, body={"model": "m", "input": [item]})).json()
+    reference = {"type": "item_reference", "id": "long"}
+    twice = await ask(c, body={"model": "m", "input": [reference, reference]})
+    assert (twice.status, twice.code) == (413, "request_too_large")
+    assert (await ask(c, body={"model": "m", "input": [reference]})).status == 200
+    again = {**ASK, "input": [reference], "previous_response_id": first["id"]}
+    assert (await ask(c, body=again)).status == 413
+    assert (await ask(c, body={**ASK, "previous_response_id": first["id"]})).status == 200
+
+
+async def test_a_conversation_has_a_bound_of_items(cluster):
+    c = await cluster()
+    await c.warm("m")
+    body = {
+        "model": "m",
+        "input": [{"type": "reasoning"}] * 16_383 + [{"role": "user", "content": "hi"}],
+    }
+    first = await ask(c, body=body)
+    assert first.status == 200
+    more = await ask(c, body={**ASK, "previous_response_id": first.json()["id"]})
+    assert (more.status, more.json()["error"]["param"]) == (400, "input")

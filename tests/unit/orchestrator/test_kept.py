@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import pytest
 
@@ -119,3 +121,13 @@ def test_nothing_is_kept_where_nothing_may_be():
     kept = store(responses_max=0)
     kept.put(response("a"))
     assert len(kept) == 0
+
+
+def test_finding_an_item_takes_no_longer_among_many():
+    kept = store()
+    many = [f"i{number}" for number in range(16_384)]
+    kept.put(response("a", items=many))
+    began = time.process_time()
+    found = [kept.item(ME, "i16383", "input[0]") for _ in range(16_384)]
+    assert time.process_time() - began < 2.0  # a look at each of the others takes a minute
+    assert {item.id for item in found} == {"i16383"}

@@ -81,8 +81,8 @@ class KeptResponses:
         """By id, the least recently used first."""
         self._ends_s: dict[str, float] = {}
         """By id, the oldest first."""
-        self._holders: dict[tuple[bytes, str], str] = {}
-        """Scope and item → the latest response that has it."""
+        self._items: dict[tuple[bytes, str], tuple[str, KeptItem]] = {}
+        """By scope and id; with the latest response that has it."""
         self.size_bytes = 0
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ class KeptResponses:
         self._ends_s[kept.id] = self._clock.now_s() + self._settings.responses_ttl_s
         self.size_bytes += size_bytes
         for item in kept.items:
-            self._holders[kept.scope, item.id] = kept.id
+            self._items[kept.scope, item.id] = kept.id, item
 
     def get(self, scope: bytes, response_id: str) -> Kept:
         """Raises `ResponseNotFound`: gone, never there, or of another key."""
@@ -127,11 +127,10 @@ class KeptResponses:
     def item(self, scope: bytes, item_id: str, param: str) -> KeptItem:
         """An item of any response of this key; raises `ItemNotFound`."""
         self._forget_old()
-        holder = self._kept.get(self._holders.get((scope, item_id), ""))
-        found = next((i for i in holder.items if i.id == item_id), None) if holder else None
+        found = self._items.get((scope, item_id))
         if found is None:
             raise ItemNotFound(f"Item with id '{item_id[:200]}' not found.", param=param)
-        return found
+        return found[1]
 
     def delete(self, scope: bytes, response_id: str) -> None:
         """Raises `ResponseNotFound`."""
@@ -151,5 +150,6 @@ class KeptResponses:
         del self._ends_s[response_id]
         self.size_bytes -= kept.size_bytes
         for item in kept.items:
-            if self._holders.get((kept.scope, item.id)) == response_id:
-                del self._holders[kept.scope, item.id]
+            holder, _ = self._items.get((kept.scope, item.id), ("", None))
+            if holder == response_id:
+                del self._items[kept.scope, item.id]

@@ -11,7 +11,12 @@ import msgspec
 from msgspec import Raw
 
 from serverlessllm.core.clock import Clock, wall_s
-from serverlessllm.core.errors import InvalidRequest, MethodNotAllowed, RouteNotFound
+from serverlessllm.core.errors import (
+    InvalidRequest,
+    MethodNotAllowed,
+    RequestTooLarge,
+    RouteNotFound,
+)
 from serverlessllm.edge.server import Request
 from serverlessllm.edge.upstream import Response
 from serverlessllm.openai.chats import (
@@ -53,7 +58,7 @@ _PAGE_ITEMS = 20
 _PAGE_ITEMS_MAX = 100
 _PAGE_DIGITS_MAX = 3
 _encoder = msgspec.json.Encoder()
-_items = msgspec.json.Decoder(tuple[Item, ...])
+_item = msgspec.json.Decoder(Item)
 
 
 class _Deleted(msgspec.Struct, frozen=True):
@@ -184,13 +189,35 @@ class Responses:
         before: tuple[KeptItem, ...] = ()
         if create.previous_response_id is not None:
             before = self.kept.previous(scope, create.previous_response_id).items
-        referred = {
-            item.id: self.kept.item(scope, item.id, f"input[{number}]").data
+        referred = [
+            self.kept.item(scope, item.id, f"input[{number}]")
             for number, item in enumerate(create.items)
             if isinstance(item, ItemReference)
-        }
-        size_bytes = len(body) + sum(len(item.data) for item in before)
+        ]
+        size_bytes = len(body) + self._check_size(create, before, referred)
         return await translate(size_bytes, _complete, create, uid, scope, before, referred, write)
+
+    def _check_size(
+        self, create: Create, before: Sequence[KeptItem], referred: Sequence[KeptItem]
+    ) -> int:
+        """Bytes of what is stored and asked again; small requests may refer to much.
+
+        Raises:
+            InvalidRequest, RequestTooLarge: it is too much.
+        """
+        items_max = self._limits.messages_max
+        if len(before) + len(create.items) > items_max:
+            raise InvalidRequest(
+                f"input: at most {items_max} items, with those of the previous response",
+                param="input",
+            )
+        size_bytes = sum(len(item.data) for item in (*before, *referred))
+        bytes_max = self._settings.conversation_bytes_max
+        if size_bytes > bytes_max:
+            raise RequestTooLarge(
+                f"the stored items that this request goes on from are more than {bytes_max} bytes"
+            )
+        return size_bytes
 
     async def _serve_kept(self, request: Request) -> None:
         """`GET`, `DELETE` of one response, `GET` of its input items."""
@@ -274,13 +301,14 @@ def _complete(
     uid: str,
     scope: bytes,
     before: tuple[KeptItem, ...],
-    referred: dict[str, bytes],
+    referred: Sequence[KeptItem],
     write: Callable[[Create, Sequence[Item], Sequence[Item]], Chat],
 ) -> _Asked:
-    history = _items.decode(b"[%b]" % b",".join(item.data for item in before))
+    # One by one: a single piece of work would keep the event loop from the interpreter meanwhile.
+    history = [_item.decode(item.data) for item in before]
+    found = {item.id: _item.decode(item.data) for item in referred}
     items = tuple(
-        _items.decode(b"[%b]" % referred[item.id])[0] if isinstance(item, ItemReference) else item
-        for item in create.items
+        found[item.id] if isinstance(item, ItemReference) else item for item in create.items
     )
     given = (*before, *map(_kept_item, items))
     return _Asked(
