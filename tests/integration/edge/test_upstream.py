@@ -16,6 +16,7 @@ from serverlessllm.edge.upstream import (
     UpstreamError,
     UpstreamProtocolError,
     Upstreams,
+    UpstreamSilent,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
@@ -455,6 +456,45 @@ async def test_closing_ends_what_is_under_way(
     with pytest.raises(UpstreamError):
         await asking
     await peer.gone()
+
+
+async def test_a_backend_found_dead_fails_whoever_waits_for_it_in_whatever_way(
+    narrow: Upstreams, backend: Backend, backend_address: Address
+) -> None:
+    asking = [asyncio.create_task(get(narrow, backend_address)) for _ in range(2)]
+    peer = await backend.accept()
+    await peer.request()
+    narrow.cut(backend_address)  # one has asked, one waits for the connection
+    for task in asking:
+        with pytest.raises(UpstreamSilent):
+            await task
+    await peer.gone()
+    again = asyncio.create_task(get(narrow, backend_address))
+    kept = await serve(backend, EMPTY)
+    assert await again == b""
+    narrow.cut(backend_address)
+    await kept.gone()  # an idle connection to the dead is of no use
+    narrow.cut(Address("unix:/nobody/was/asked"))
+
+
+async def test_a_backend_found_dead_is_not_connected_to_any_longer(upstreams: Upstreams) -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        where = deaf.getsockname()
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(where)
+        address = Address(f"http://127.0.0.1:{where[1]}")
+        asking = asyncio.create_task(get(upstreams, address))
+        while not asking.done():
+            upstreams.cut(address)
+            await asyncio.sleep(0)
+        with pytest.raises(UpstreamUnreachable):
+            await asking
+        for filler in fillers:
+            filler.close()
 
 
 @pytest.mark.parametrize("path", ["/a b", "/a\r\nx: y", "/a\n"])

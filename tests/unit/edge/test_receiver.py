@@ -101,3 +101,72 @@ def test_the_parser_knows_keep_alive_when_the_headers_are_complete() -> None:
         taken = Taken()
         taken.receiver.feed(b"GET / HTTP/" + version + b"\r\nhost: h\r\n" + line + b"\r\n")
         assert taken.requests[0].keep_alive is expected
+
+
+HEAD = b"POST /v1/x?y=1 HTTP/1.1\r\nHost: h\r\nContent-Length: %b\r\nX-A: 1\r\n\r\n"
+"""One that a connection sends again and again: it is not parsed again (`edge.known`)."""
+
+
+@given(
+    bodies=st.lists(st.binary(max_size=40), min_size=1, max_size=8),
+    cuts=st.lists(st.integers(0, 2000), max_size=16),
+    name=st.sampled_from([b"Content-Length", b"content-length", b"cOnTeNt-LeNgTh"]),
+)
+async def test_any_split_of_equal_heads_gives_the_bodies(
+    bodies: list[bytes], cuts: list[int], name: bytes
+) -> None:
+    head = HEAD.replace(b"Content-Length", name)
+    stream = b"".join(head % str(len(body)).encode() + body for body in bodies)
+    taken = Taken()
+    places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    for start, end in itertools.pairwise(places):
+        if start < end:
+            taken.receiver.feed(stream[start:end])
+    requests = taken.requests
+    assert [await request.body() for request in requests] == bodies
+    assert {(r.method, r.path, r.query, r.headers.get("x-a")) for r in requests} == {
+        ("POST", "/v1/x", "y=1", "1")
+    }
+    assert taken.receiver.receiving is None
+    assert not taken.receiver.deaf
+
+
+async def test_a_known_head_gives_way_to_whatever_else_comes() -> None:
+    taken = Taken()
+    taken.receiver.feed(HEAD % b"2" + b"ab")
+    taken.receiver.feed(HEAD % b"2" + b"cd" + HEAD % b"1" + b"e")
+    taken.receiver.feed(b"GET /other HTTP/1.1\r\nhost: h\r\n\r\n")
+    taken.receiver.feed(HEAD % b"0")
+    taken.receiver.feed(HEAD % b"3" + b"f")
+    taken.receiver.feed(b"gh" + HEAD % b"1")
+    taken.receiver.feed(b"i")
+    seen = [(request.path, await request.body()) for request in taken.requests]
+    assert seen == [
+        ("/v1/x", b"ab"),
+        ("/v1/x", b"cd"),
+        ("/v1/x", b"e"),
+        ("/other", b""),
+        ("/v1/x", b""),
+        ("/v1/x", b"fgh"),
+        ("/v1/x", b"i"),
+    ]
+    assert len({request.id for request in taken.requests}) == 7
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        HEAD.replace(b"X-A: 1", b"Content-Length: 3") % b"2" + b"ab",
+        HEAD.replace(b"X-A: 1", b"Transfer-Encoding: chunked") % b"2" + b"0\r\n\r\n",
+        HEAD % b"2junk" + b"ab",
+        HEAD % b"99999999999" + b"ab",
+    ],
+    ids=["two lengths", "length and chunks", "not a number", "too long"],
+)
+def test_a_head_that_is_nearly_known_is_judged_by_the_parser(second: bytes) -> None:
+    taken = Taken()
+    taken.receiver.feed(HEAD % b"2" + b"ab")
+    taken.receiver.feed(second)
+    assert taken.receiver.deaf
+    assert taken.requests[0].refusal is None
+    assert len(taken.requests) == 2
