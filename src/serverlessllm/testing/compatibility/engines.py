@@ -83,7 +83,7 @@ def _llama_server(folder: Path) -> tuple[str, ...]:
         "model": "${model}",
         "model_path": str(write_random_gguf(folder / "random.gguf")),
         "chat_prologue": "",
-        "context": 4096,
+        "context": 512,  # it answers to the end of it where a request does not say
         "slots": 4,
         "threads": 1,
         "gpu_layers": 0,
