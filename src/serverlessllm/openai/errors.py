@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from serverlessllm.core.errors import (
@@ -24,6 +26,10 @@ RETRY_AFTER_DEFAULT_S = 1.0
 _MESSAGE_CHARS_MAX = 2000
 _TOO_LONG = ("exceed_context_size_error", "context_length_exceeded")
 """How llama.cpp and the OpenAI-like servers call it."""
+_TOO_LARGE = re.compile(r"[\w ]+\(\d+ tokens\) (?:is|are) too large to process")
+_UNFIT = re.compile(r"Failed to parse (?:messages|tools|tool call arguments)|Jinja Exception")
+"""With these words llama.cpp blames itself for what is wrong with the request, or with how it fits
+the model's chat template."""
 
 
 class ErrorFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,13 +101,19 @@ def translate_backend_error(status: int, body: bytes) -> SLLMError:
         return DeadlineExceeded("the model's backend did not finish in time")
     if status == 507:
         return OutOfSpace("the model's backend is out of space")
-    if 400 <= status < 500 and status not in {401, 403, 407}:
-        if said.type in _TOO_LONG or said.code in _TOO_LONG:
-            return ContextTooLong(message or "the request is longer than the model's context")
-        return InvalidRequest(
-            message or f"the model's backend refused the request (status {status})", param=param
-        )
+    refused = 400 <= status < 500 and status not in {401, 403, 407}
+    if refused or _TOO_LARGE.match(message) or _UNFIT.match(message):
+        return _refusal(said, status)
     return BackendProtocolError(f"the model's backend failed (status {status})")
+
+
+def _refusal(said: _Said, status: int) -> InvalidRequest:
+    message = said.message
+    if said.type in _TOO_LONG or said.code in _TOO_LONG or _TOO_LARGE.match(message):
+        return ContextTooLong(message or "the request is longer than the model's context")
+    return InvalidRequest(
+        message or f"the model's backend refused the request (status {status})", param=said.param
+    )
 
 
 class _Said(msgspec.Struct, frozen=True):

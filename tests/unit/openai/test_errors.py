@@ -63,6 +63,18 @@ def test_retry_after_is_in_what_clients_honour(after_s: float | None, header: st
         (413, b"bad", 413, "request_too_large"),
         (429, b"", 429, "queue_full"),
         (500, b'{"error":{"message":"at /srv/secret"}}', 502, "backend_protocol_error"),
+        (
+            500,
+            b'{"error":{"message":"input (601 tokens) is too large to process. increase the"}}',
+            400,
+            "context_length_exceeded",
+        ),
+        (
+            500,
+            b'{"error":{"message":"Jinja Exception: roles must alternate"}}',
+            400,
+            "invalid_request",
+        ),
         (501, b'{"error":{"message":"bad"}}', 400, "unsupported_operation"),
         (503, b'{"error":{"message":"Loading model"}}', 503, "overloaded"),
         (504, b"", 504, "deadline_exceeded"),
