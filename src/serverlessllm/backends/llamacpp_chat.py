@@ -48,6 +48,7 @@ class ChatAsk(ToolFields, frozen=True, kw_only=True):
     stream: bool | None = None
     n: int | None = None
     seed: int | None = None
+    continue_final_message: bool | None = None
 
     @property
     def scores_only(self) -> bool:

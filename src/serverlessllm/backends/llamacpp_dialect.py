@@ -24,6 +24,7 @@ from serverlessllm.backends.llamacpp_chat import (
     check_text_only,
     without_tools,
 )
+from serverlessllm.backends.llamacpp_requests import Continued, takeable, without_nulls
 from serverlessllm.backends.llamacpp_text import TOKENS_MAX, TextAsk, Texts
 from serverlessllm.backends.llamacpp_tokens import detokenized, ranked, tokenized
 from serverlessllm.backends.llamacpp_wire import COMPLETIONS, spells
@@ -33,7 +34,14 @@ from serverlessllm.openai.rerank import RerankRequest
 from serverlessllm.openai.tokenize import DetokenizeRequest, TokenizeRequest
 
 _TOKENS = frozenset({Operation.TOKENIZE, Operation.DETOKENIZE})
-_CHAT_FIELDS = (b'"tool', b'"function', b'"response_format"', b'"logprobs"', b'"n"')
+_CHAT_FIELDS = (
+    b'"tool',
+    b'"function',
+    b'"response_format"',
+    b'"logprobs"',
+    b'"n"',
+    b'"continue_final_message"',
+)
 _MEDIA = (b'"image_url"', b'"input_audio"', b'"file"')
 _fields = msgspec.json.Decoder(dict[str, Raw])
 _encoder = msgspec.json.Encoder()
@@ -62,9 +70,10 @@ class LlamaDialect:
             case Operation.COMPLETIONS:
                 return self._completion(body)
             case Operation.EMBEDDINGS:
-                return Ask(operation, body)
+                return Ask(operation, without_nulls(body))
             case Operation.TOKENIZE:
-                return partial(tokenized, decode(body, TokenizeRequest), body)
+                ask = decode(body, TokenizeRequest)
+                return partial(tokenized, ask, takeable(body) if ask.messages else body)
             case Operation.DETOKENIZE:
                 return partial(detokenized, decode(body, DetokenizeRequest))
             case Operation.RERANK:
@@ -82,6 +91,7 @@ class LlamaDialect:
     def _chat(self, body: bytes) -> Ask | Composed:
         if any(field in body for field in _MEDIA):
             check_text_only(body)
+        body = takeable(body)
         if not any(field in body for field in _CHAT_FIELDS):
             return Ask(CHATS, body)
         ask = decode(body, ChatAsk)
@@ -100,9 +110,12 @@ class LlamaDialect:
 
     def passed(self, ask: ChatAsk, body: bytes) -> Ask | Composed:
         """As the engine does it."""
+        chat: Ask | Composed = Ask(CHATS, body)
         if ask.scores_only or (ask.n or 1) > 1:
-            return MendedChat(ask, body, at_once=self._slots)
-        return Ask(CHATS, body)
+            chat = MendedChat(ask, body, at_once=self._slots)
+        if ask.continue_final_message and not ask.stream:
+            chat = Continued(chat, body)
+        return chat
 
     async def learn(self, engine: Engine) -> bool:
         """Whether the engine's own constraints hold with this model's vocabulary."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import msgspec
 from msgspec import Raw
 
+from serverlessllm.backends.dialect import Ask, Composed, Engine
 from serverlessllm.core.errors import InvalidRequest
 
 _NULL = b"null"
@@ -25,6 +28,13 @@ _object = msgspec.json.Decoder(dict[str, Raw])
 _encoder = msgspec.json.Encoder()
 
 
+class _TextPart(msgspec.Struct, frozen=True):
+    text: str = ""
+
+
+_content = msgspec.json.Decoder(str | list[_TextPart])
+
+
 def without_nulls(body: bytes) -> bytes:
     """An optional field may be null; the server wants it left out."""
     return _encoder.encode(_said(_fields.decode(body))) if _NULL in body else body
@@ -40,7 +50,7 @@ def takeable(body: bytes) -> bytes:
     if not any(field in body for field in _SUSPECT):
         return body
     fields = _said(_fields.decode(body))
-    if b'"audio"' in fields.get("modalities", _NULL):
+    if b'"audio"' in bytes(fields.get("modalities", _NULL)):
         raise InvalidRequest("modalities: this model answers with text", param="modalities")
     if "web_search_options" in fields:
         param = "web_search_options"
@@ -56,10 +66,34 @@ def takeable(body: bytes) -> bytes:
     return _encoder.encode(fields)
 
 
+class Continued:
+    """A chat whose last message is the beginning of the answer, which the server repeats where the
+    answer is not streamed: the API's other engines tell only what is new."""
+
+    def __init__(self, chat: Ask | Composed, body: bytes) -> None:
+        self._chat = chat
+        content = _objects.decode(_fields.decode(body)["messages"])[-1]["content"]
+        said = _content.decode(content)
+        self._begun = said if isinstance(said, str) else "".join(part.text for part in said)
+
+    async def __call__(self, engine: Engine) -> AsyncIterator[bytes]:
+        """`backends.dialect.Composed`."""
+        chat = self._chat
+        if isinstance(chat, Ask):
+            whole = await engine.ask(chat.path, chat.body)
+        else:
+            whole = b"".join([piece async for piece in chat(engine)])
+        answer = msgspec.json.decode(whole)
+        for choice in answer["choices"]:
+            message = choice["message"]
+            message["content"] = (message["content"] or "").removeprefix(self._begun)
+        yield _encoder.encode(answer)
+
+
 def _message(message: _Fields) -> _Fields:
     said = _said(message)
     refusal = said.pop("refusal", None)
-    if "content" in said and b'"refusal"' in said["content"] and said["content"][:1] == b"[":
+    if bytes(said.get("content", _NULL)).startswith(b"["):
         said["content"] = _raw([_part(part) for part in _objects.decode(said["content"])])
     if "tool_calls" in said:
         said["tool_calls"] = _raw([_call(call) for call in _objects.decode(said["tool_calls"])])

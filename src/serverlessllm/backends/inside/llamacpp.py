@@ -62,6 +62,7 @@ def parameters(asked: SimpleNamespace) -> xllamacpp.CommonParams:
     params.fit_params = False
     params.endpoint_metrics = True
     params.ui = False
+    params.prefill_assistant = False  # `continue_final_message` asks for it, request by request
     params.embedding = asked.embeddings or asked.rerank
     pooling = f"LLAMA_POOLING_TYPE_{'rank' if asked.rerank else asked.pooling}".upper()
     params.pooling_type = getattr(xllamacpp.llama_pooling_type, pooling)

@@ -99,6 +99,8 @@ class ChatAsk(Ask, frozen=True, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    web_search_options: None = None
     functions: Raw = NULL
     function_call: Raw = NULL
     add_generation_prompt: bool = True
