@@ -124,6 +124,9 @@ class ChatRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     top_logprobs: int | None = None
     reasoning_effort: str | None = None
     user: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """The last message is the beginning of the answer: no new one is to be begun."""
 
 
 class CountRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):

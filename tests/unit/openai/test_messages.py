@@ -145,6 +145,14 @@ def test_tools_and_the_choice_among_them(choice, theirs, parallel):
     assert (body["tool_choice"], body.get("parallel_tool_calls")) == (theirs, parallel)
 
 
+def test_a_last_turn_of_the_models_own_is_the_beginning_of_its_answer():
+    turns = [*HI, {"role": "assistant", "content": "Well,"}]
+    body, _ = chat(messages=turns)
+    assert body["continue_final_message"] is True
+    assert body["add_generation_prompt"] is False
+    assert "continue_final_message" not in chat(messages=[*turns, *HI])[0]
+
+
 def test_numbers_go_by_the_chats_names_and_strangers_pass_through():
     body, _ = chat(
         stream=True,

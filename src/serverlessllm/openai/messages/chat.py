@@ -49,6 +49,7 @@ def to_chat(create: Create) -> Chat:
     """The chat that is asked in the message's place."""
     prompt = create.prompt
     messages, places = _messages(prompt)
+    begun = messages[-1].role == "assistant" and not messages[-1].tool_calls
     request = ChatRequest(
         model=prompt.model,
         messages=messages,
@@ -65,6 +66,8 @@ def to_chat(create: Create) -> Chat:
         response_format=_format(prompt),
         reasoning_effort=prompt.effort,
         user=create.user,
+        add_generation_prompt=not begun,
+        continue_final_message=begun,
     )
     return Chat(body=write_chat(request, create.extras), places=places)
 
