@@ -171,6 +171,22 @@ async def test_requests_at_once_are_counted_down_when_clients_leave(cluster):
     assert (await c.chat("m", headers=bearer(text))).status == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_leaves_before_an_agent_was_asked_has_used_nothing(cluster, stream):
+    c = await cluster()
+    await c.register("m")
+    key, text = await make(c, tokens_per_minute=1000)
+    c.agents[0].load_gate.clear()
+    body = {**CHAT, "max_tokens": 900, "stream": stream}
+    client = await c.open(body, headers=dict(bearer(text)))
+    await c.until(lambda: bool(c.agents[0].loads))
+    usage = c.front.quotas.of(key)
+    assert usage.running == 1
+    await client.leave()
+    await c.until(lambda: usage.running == 0)
+    assert usage.tokens.left == 1000
+
+
 async def test_before_the_keys_are_known_nobody_gets_in(cluster):
     c = await cluster(agents=0)
     c.front.view.listed = False  # as at a start without the metadata store

@@ -121,7 +121,9 @@ class Inference:
         finally:
             self._end_retry(call)
             if call.admission is not None:
-                call.admission.close(answered=call.status == _OK or not request.connected)
+                # Who leaves while an agent answers has used tokens that nobody will tell of.
+                left = bool(call.timing.sent_s) and not request.connected
+                call.admission.close(answered=call.status == _OK or left)
 
     def _lease(self, call: Call) -> Lease | None:
         """The best ready agent for it, if there is one."""

@@ -74,7 +74,7 @@ class Bucket:
     def take(self, units: float, now_s: float) -> None:
         """Take from what is left (or give back, if negative). Whatever came back by now is not for
         these units: a bucket that was full is no fuller for having waited."""
-        self.left = self.look(now_s) - units
+        self.left = min(float(self.per_minute), self.look(now_s) - units)
 
     def wait_s(self, units: float) -> float:
         """From the last look until `units` (at most all of them) are left."""
