@@ -156,6 +156,17 @@ async def test_a_worker_that_is_told_to_leave_finishes_and_another_one_comes(clu
     assert counted >= 3  # what the one that left had counted is shown still
 
 
+async def test_a_worker_does_not_end_of_what_asks_for_a_new_certificate(cluster):
+    made = await cluster(workers=2)
+    before = pids(made)
+    for worker in before:
+        os.kill(worker, signal.SIGHUP)
+    for _ in range(4):
+        assert (await made.ask("/readyz")).status == 200
+    await synced(made)
+    assert pids(made) == before
+
+
 async def test_nobody_is_turned_away_while_one_worker_after_the_other_is_renewed(cluster):
     made = await cluster(workers=2, drain_accept_s=0.2)
     await made.warm("m")

@@ -97,6 +97,8 @@ class _Process:
 def main() -> None:
     descriptor, parent = map(int, sys.argv[1:])
     die_with(parent)
+    # For the main process, which tells workers; who sends it by name reaches both.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         status = runner.run(_run(descriptor))
     sys.exit(status)
