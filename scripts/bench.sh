@@ -3,15 +3,16 @@
 #
 #   scripts/bench.sh [NAME…]    only these, such as: edge cold_start
 #
-# The edge's benchmark measures nginx in the same run and drives load with wrk, on a mock server
-# in C; the loader's measures fio: things that only a distribution has. As root they are installed
-# by apt-get. The loader's peers come from the package index, each into its own .venvs/NAME.
+# The edge's benchmark measures nginx and HAProxy in the same run, with a mock server and a load
+# program in C; the loader's measures fio: things that only a distribution has. As root they are
+# installed by apt-get. Other loaders and routers come from the package index, each into its own
+# .venvs/NAME.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 missing=()
 command -v nginx >/dev/null 2>&1 || [[ -x /usr/sbin/nginx ]] || missing+=(nginx-light)
-command -v wrk >/dev/null 2>&1 || missing+=(wrk)
+command -v haproxy >/dev/null 2>&1 || [[ -x /usr/sbin/haproxy ]] || missing+=(haproxy)
 command -v fio >/dev/null 2>&1 || missing+=(fio)
 command -v cc >/dev/null 2>&1 || missing+=(gcc libc6-dev)
 if ((${#missing[@]})); then
@@ -27,8 +28,10 @@ fi
 
 mkdir -p bench/results
 names=("$@")
-((${#names[@]})) || names=(cold_start warm_request load convert edge)
-[[ " ${names[*]} " != *" load "* ]] || scripts/peers.sh
+((${#names[@]})) || names=(cold_start warm_request load convert workers edge)
+[[ " ${names[*]} " != *" load "* ]] ||
+    scripts/peers.sh torch safetensors runai tensorizer fastsafetensors instanttensor transformers
+[[ " ${names[*]} " != *" edge "* ]] || scripts/peers.sh vllm-router sglang-router litellm aiohttp
 for name in "${names[@]}"; do
     echo "== $name"
     .venv/bin/python -m "bench.$name" | tee "bench/results/$name.txt"
