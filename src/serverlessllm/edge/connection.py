@@ -21,6 +21,8 @@ _log = structlog.get_logger(__name__)
 
 _PIPELINE_FACTOR = 8
 """One read may hold more requests than `pipeline_max` before reading can pause: how many times."""
+_PIECES_AT_ONCE = 1024
+"""Of a client's bodies, before it is somebody else's turn."""
 
 
 class Connection(asyncio.Protocol):
@@ -66,6 +68,8 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._receiver.feed(data)
+        if self._receiver.pieces > _PIECES_AT_ONCE:
+            self._breathe()
         if self._run is None:
             self._proceed()
 
@@ -202,6 +206,19 @@ class Connection(asyncio.Protocol):
         if not self._reading:
             self._reading = True
             self._transport.resume_reading()
+
+    def _breathe(self) -> None:
+        """Let others have their turn: the loop reads a socket many times before it looks around,
+        and a read may hold ten thousand chunks."""
+        self._receiver.pieces = 0
+        if self._reading and not self._transport.is_closing():
+            self._reading = False
+            self._transport.pause_reading()
+            self.server.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if len(self._queue) < self._settings.pipeline_max and not self._transport.is_closing():
+            self._resume_reading()
 
     def _leave(self) -> None:
         """The client has gone: whatever was under way for it ends."""

@@ -82,6 +82,8 @@ class Receiver:
         """Its head is here, its body is not whole."""
         self.deaf = False
         """Whether what still comes is thrown away."""
+        self.pieces = 0
+        """Of bodies: each costs as much as many bytes."""
         self.in_head = False
         self.since_s = self._sweeper.now_s
         """When the head, the body or the idle time that is under way began."""
@@ -285,6 +287,7 @@ class Receiver:
 
     def on_body(self, data: bytes) -> None:
         self._framing_bytes = 0
+        self.pieces += 1
         self._body_bytes += len(data)
         if self._body_bytes > self._settings.body_bytes_max:
             raise _Refused(self._too_large())

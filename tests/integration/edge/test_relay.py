@@ -476,3 +476,22 @@ async def test_a_drain_ends_streams_with_the_error(proxy: Proxy, clock: VirtualC
     assert [await client.chunk(), await client.chunk()] == [proxy.error_event, b""]
     await drain
     await backend.gone()
+
+
+@pytest.mark.parametrize("cut", range(1, 36, 2))
+async def test_trailers_pass_wherever_they_are_cut(proxy: Proxy, cut: int) -> None:
+    client, backend = await asked(proxy)
+    sent = event("1") + b"0\r\nx-usage: 12 34\r\n\r\n"
+    backend.send(EVENTS + sent[:cut])
+    await client.head()
+    came = await client.exactly(cut)
+    backend.send(sent[cut:])
+    assert came + await client.exactly(len(sent) - cut) == sent
+    await until(lambda: bool(proxy.relayed))
+    assert proxy.relayed[0].ok
+
+
+async def test_line_breaks_before_an_answer_never_pass(proxy: Proxy) -> None:
+    client, backend = await asked(proxy)
+    backend.send(b"\r\n\n\r" + OK + b"content-length: 0\r\n\r\n")
+    assert (await client.answer()).status == 502

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import shutil
@@ -50,6 +51,7 @@ from serverlessllm.orchestrator.app import Orchestrator
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.testing.waiting import eventually
 
+BEAT_S = 5.0
 TOKEN = "cluster-token-of-the-test"
 TIER = TierUsage(budget_bytes=1 << 40, used_bytes=0)
 JSON = (("content-type", "application/json"),)
@@ -437,6 +439,14 @@ class Client:
     async def leave(self) -> None:
         self.writer.close()
         await self.writer.wait_closed()
+
+
+async def beating(agent: ScriptedAgent, until: asyncio.Event) -> None:
+    """Keep an agent's lease while tests run that take longer than it."""
+    while not until.is_set():
+        await agent.beat()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(until.wait(), BEAT_S)
 
 
 @pytest.fixture

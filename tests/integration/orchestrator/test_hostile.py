@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import structlog
 import uvloop
-from tests.integration.orchestrator.conftest import _running
+from tests.integration.orchestrator.conftest import _running, beating
 
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.orchestrator.settings import OrchestratorSettings
@@ -60,7 +60,7 @@ class Served(threading.Thread):
             host, _, port = cluster.url.removeprefix("http://").rpartition(":")
             self.where = host, int(port)
             self.started.set()
-            await self._ended.wait()
+            await beating(cluster.agents[0], self._ended)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._ended.set)
