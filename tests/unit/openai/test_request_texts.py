@@ -148,7 +148,13 @@ def test_the_most_tokens_of_all_answers() -> None:
     assert parse_completion(completion(), LIMITS).answer_tokens_max is None
 
 
-leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+)
 prompts = leaves | st.lists(leaves | st.lists(leaves, max_size=3), max_size=3)
 
 

@@ -47,6 +47,18 @@ _HEADERS: _Json = {
         "description": "Where they went: queue, place, fetch, read, start, ttft.",
         "schema": {"type": "string"},
     },
+    **{
+        f"x-ratelimit-{what}-{unit}": {
+            "description": f"{meaning} of the key's {unit} a minute, where they are limited.",
+            "schema": {"type": "string"},
+        }
+        for unit in ("requests", "tokens")
+        for what, meaning in (
+            ("limit", "All"),
+            ("remaining", "What is left"),
+            ("reset", "When all is there again,"),
+        )
+    },
     "retry-after": {
         "description": "Seconds to wait before the request is sent again.",
         "schema": {"type": "integer", "minimum": 1, "maximum": 120},

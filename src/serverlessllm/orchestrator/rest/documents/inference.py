@@ -35,6 +35,13 @@ WAIT = Parameter(
     type=Annotated[float, Meta(ge=0)],
     description="Seconds to wait for a model that is not ready; 0: answer 503 at once.",
 )
+_PROGRESS = Parameter(
+    name="x-sllm-progress",
+    where="header",
+    type=Annotated[str, Meta(pattern="^chunk$")],
+    description="Tell a stream's client how far a load is by chunks with an empty delta and a "
+    "`loading` field, where it cannot see comments.",
+)
 AGAIN = Parameter(
     name="idempotency-key",
     where="header",
@@ -57,7 +64,7 @@ INFERENCE = (
             Answer(description="The answer.", type=ChatCompletion),
             Answer(description=_EVENTS, type=ChatCompletionChunk, content_type=EVENTS),
         ),
-        parameters=(WAIT, AGAIN),
+        parameters=(WAIT, _PROGRESS, AGAIN),
         errors=ASKED,
     ),
     Operation(
