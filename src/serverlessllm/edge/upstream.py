@@ -42,6 +42,7 @@ __all__ = [
 
 _METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
 _STARTS_MAX = 256
+_START_CHARS_MAX = 256
 _SILENT = "the backend is silent"
 
 
@@ -76,7 +77,8 @@ class Pool:
         lines = f"{method} {path} HTTP/1.1\r\nhost: {self._host}\r\n".encode()
         if len(self.starts) >= _STARTS_MAX:
             self.starts.clear()
-        self.starts[method, path] = lines
+        if len(path) <= _START_CHARS_MAX:  # a long one is somebody's own, and would be kept
+            self.starts[method, path] = lines
         return lines
 
     async def take(self) -> Link:

@@ -226,12 +226,12 @@ class Orchestrator:
         )
         # Bounded by the clients' own: refused there, a request that was taken would fail halfway.
         await self._edge.start(self._front.address, counted=False)
-        await self._start_grpc()
+        await self._start_grpc(guard)
         if self._workers is not None:
             return await self._workers.start(listen)
         return await self._edge.start(listen, tls=self._tls)
 
-    async def _start_grpc(self) -> None:
+    async def _start_grpc(self, guard: Guard) -> None:
         if self._settings.grpc_listen is None:
             return
         # Imported only here: it takes a tenth of a second and 33 MB.
@@ -245,6 +245,7 @@ class Orchestrator:
             room=self._room,
             edge=self._grpc_edge_settings,
             not_ready=self._not_ready,
+            check_key=guard.check_key,
             clock=self._clock,
         )
         self.grpc_address = await self._grpc.start(self._settings.grpc_listen)

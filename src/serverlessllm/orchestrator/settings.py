@@ -121,6 +121,8 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Open gRPC connections; the next one is closed."""
     grpc_calls_max: int = 2048
     """Calls at once; the next one is RESOURCE_EXHAUSTED."""
+    grpc_unread_calls_max: int = 2048
+    """Calls that have ended, and whose clients do not read that: beside `grpc_calls_max`."""
     grpc_calls_per_connection_max: int = 256
     """Calls at once on one connection; the client holds back the next one."""
     grpc_requests_per_stream_max: int = 16

@@ -457,12 +457,12 @@ async def cluster() -> AsyncIterator[Callable[..., object]]:
         async def start(
             agents: int = 1,
             drain_accept_s: float = 0.0,
-            connections_max: int = 4096,
+            edge: Mapping[str, object] = MappingProxyType({}),
             **fields: object,
         ) -> Cluster:
             settings = msgspec.convert({"agent_wait_s": 0.3, **fields}, OrchestratorSettings)
-            edge = EdgeSettings(drain_accept_s=drain_accept_s, connections_max=connections_max)
-            return await stack.enter_async_context(_running(agents, settings, edge))
+            limits = msgspec.convert({"drain_accept_s": drain_accept_s, **edge}, EdgeSettings)
+            return await stack.enter_async_context(_running(agents, settings, limits))
 
         yield start
 

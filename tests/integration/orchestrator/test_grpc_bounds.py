@@ -225,6 +225,45 @@ async def test_calls_over_the_limit_are_refused_and_the_others_served(served):
             assert len(await read_all(call)) == 2
 
 
+async def test_a_client_that_does_not_read_loses_its_place(served):
+    c = await served(grpc_calls_max=1, edge={"write_stall_timeout_s": 0.5, "sweep_interval_s": 0.1})
+    c.agents[0].tokens = ["x" * 500_000] * 30
+    streamed = json.dumps({**CHAT, "stream": True})
+    # A window that does not grow by itself.
+    async with (
+        connected(c.front.grpc_address, **{"http2.bdp_probe": 0}) as deaf,
+        connected(c.front.grpc_address) as good,
+    ):
+        unread = deaf.open(OPENAI, "ChatCompletions", [pb.InferenceRequest(json=streamed)])
+        await c.until(lambda: c.agents[0].cancelled == 1, 30)
+        async with asyncio.timeout(30):
+            while (await good.openai("ListModels", {})).code is not grpc.StatusCode.OK:
+                await asyncio.sleep(0.05)
+        rest = await read_all(unread)
+        assert len(rest) < 30
+        assert await unread.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_stranger_is_told_so_before_a_message_is_sent(served):
+    c = await served(require_key=True)
+    async with connected(c.front.grpc_address) as rpc:
+        for service, method in METHODS:
+            call = rpc.open(service, method, None, timeout_s=30)
+            assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_names_and_ids_without_end_are_refused(served):
+    c = await served()
+    name = "m" * 1_000_000
+    async with connected(c.front.grpc_address) as rpc:
+        status = await rpc.call(TRITON, "ModelMetadata", triton.ModelMetadataRequest(name=name))
+        assert status.code is grpc.StatusCode.NOT_FOUND
+        request = triton.ModelInferRequest(model_name="m", id=name)
+        infer = await rpc.call(TRITON, "ModelInfer", request)
+        assert infer.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert infer.trailing["x-sllm-param"] == "id"
+
+
 async def test_connections_over_the_limit_are_closed(served):
     c = await served(grpc_connections_max=1)
     async with connected(c.front.grpc_address) as first:

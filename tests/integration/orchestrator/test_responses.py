@@ -349,7 +349,7 @@ async def test_an_answer_has_a_bound(cluster):
 
 
 async def test_requests_of_our_own_take_no_client_s_connection(cluster):
-    c = await cluster(connections_max=1)
+    c = await cluster(edge={"connections_max": 1})
     await c.warm("m")
     assert (await c.ask("/v1/chat/completions", {"model": "m", "messages": []})).status == 400
     for _ in range(2):

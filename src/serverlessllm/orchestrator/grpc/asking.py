@@ -29,9 +29,6 @@ _WAIT = "x-sllm-wait"
 _ANSWER_S = 0.2
 """Of a client's deadline: kept for the answer that says how far the load is."""
 _BAD = 400
-_NOT_FOUND = 404
-_NOWHERE = "/v1/nowhere"
-"""There is nothing, but nobody without a key is told so."""
 _DATA = b"data:"
 _COMMENT = b":"
 _DONE = b"[DONE]"
@@ -107,14 +104,6 @@ class Asking:
             UpstreamError: it is too long, or broke off.
         """
         return await response.read(self._answer_bytes_max)
-
-    async def check_key(self, call: Asker) -> None:
-        """For calls that ask nothing else: raises unless the client has a key, of any scope."""
-        try:
-            await self.whole(call, "GET", _NOWHERE)
-        except Refused as refused:
-            if refused.failure.status != _NOT_FOUND:
-                raise
 
 
 def is_stream(response: Response) -> bool:

@@ -17,10 +17,13 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from serverlessllm.core.clock import Clock
-from serverlessllm.core.errors import InvalidRequest, RequestTimeout, SLLMError
+from serverlessllm.core.errors import InvalidRequest, RequestTimeout, SLLMError, TooManyRequests
+from serverlessllm.core.ids import ModelId
 from serverlessllm.edge.limits import Sweeper
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.orchestrator.grpc.statuses import Failure, Metadata, Refused, failure_of
+from serverlessllm.orchestrator.rest.guard import Given
+from serverlessllm.orchestrator.tallies import Tallies
 from serverlessllm.telemetry.logs import log
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ _log = log("orchestrator")
 M = TypeVar("M", bound=Message)
 A = TypeVar("A", bound=Message)
 
+_OK = 200
+_GONE = 499
 _ID_CHARS_MAX = 128
 _id_prefix = f"grpc-{os.urandom(6).hex()}-"
 _count = itertools.count(1)
@@ -47,16 +52,22 @@ class Call:
         self._due_s = math.inf
         self._told = False
         pairs = context.invocation_metadata() or ()
-        self._metadata = {key: value for key, value in pairs if isinstance(value, str)}
-        given = self._metadata.get("x-request-id", "")
+        self.metadata = {
+            # Anything else is not text as gRPC has it, and could break out of a header's line.
+            key: value
+            for key, value in pairs
+            if isinstance(value, str) and value.isascii() and value.isprintable()
+        }
+        """Of a repeated name the last."""
+        given = self.metadata.get("x-request-id", "")
         self.id = given if 0 < len(given) <= _ID_CHARS_MAX else f"{_id_prefix}{next(_count):x}"
         """Of the request; the front door's answer may correct it."""
         self.late: SLLMError | None = None
         """Why the call was cut, if it was."""
 
     def said(self, name: str) -> str | None:
-        """The client's metadata of that (lower-case) name; of a repeated one the last."""
-        return self._metadata.get(name)
+        """The client's metadata of that (lower-case) name."""
+        return self.metadata.get(name)
 
     def left_s(self) -> float | None:
         """Until the client's deadline; None: it has none."""
@@ -127,11 +138,26 @@ Serve = Callable[[Call], Awaitable[None]]
 
 
 class Calls:
-    """The boundary of every call: whatever happens inside, it ends with a status."""
+    """The boundary of every call: whatever happens inside, it ends with a status.
 
-    def __init__(self, settings: EdgeSettings, clock: Clock) -> None:
+    `check_key` raises for the metadata of a stranger, of whom no message is read then. A call whose
+    client does not read its end takes none of the `calls_max` places.
+    """
+
+    def __init__(
+        self,
+        settings: EdgeSettings,
+        clock: Clock,
+        *,
+        calls_max: int,
+        check_key: Callable[[Given], None],
+    ) -> None:
         self._settings = settings
         self._clock = clock
+        self._calls_max = calls_max
+        self._check_key = check_key
+        self._taken = 0
+        self._tallies = Tallies()
         self._running: dict[Call, asyncio.Task[None] | None] = {}
         self._sweeper = Sweeper(self._sweep, settings.sweep_interval_s, clock)
 
@@ -147,33 +173,56 @@ class Calls:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._sweeper.close()
 
-    def handler(self, serve: Serve) -> grpc.RpcMethodHandler[bytes, bytes]:
-        """What gRPC is given for a method."""
+    def handler(
+        self, path: str, serve: Serve, *, public: bool = False
+    ) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """What gRPC is given for the method of that path; a `public` one is for anybody, and
+        however busy this server is."""
 
         async def handle(_: object, context: Context) -> None:
             call = Call(context, self._settings, self._clock)
             self._running[call] = asyncio.current_task()
+            began_s, status = self._clock.now_s(), _GONE
             try:
-                await self._serve(serve, call)
+                failure = await self._serve(serve if public else self._admitted(serve), call)
+                call.end(failure)
+                status = _OK if failure is None else failure.status
             finally:
                 del self._running[call]
+                seconds = self._clock.now_s() - began_s
+                self._tallies.of(path, ModelId("")).count(status, seconds, began_s, None)
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
-    async def _serve(self, serve: Serve, call: Call) -> None:
+    def _admitted(self, serve: Serve) -> Serve:
+        """The same for those who have a key, and while there is room."""
+
+        async def serve_admitted(call: Call) -> None:
+            self._check_key(call.metadata)
+            if self._taken >= self._calls_max:
+                raise TooManyRequests("too many calls at once", retry_after_s=1.0)
+            self._taken += 1
+            try:
+                await serve(call)
+            finally:
+                self._taken -= 1
+
+        return serve_admitted
+
+    async def _serve(self, serve: Serve, call: Call) -> Failure | None:
+        """Why the call failed, if it did."""
         try:
             await serve(call)
         except (SLLMError, Refused) as error:
-            call.end(failure_of(error))
+            return failure_of(error)
         except asyncio.CancelledError:
             if call.late is None:
                 raise
-            call.end(failure_of(call.late))
+            return failure_of(call.late)
         except Exception:  # noqa: BLE001 - the boundary of a call
             _log.error("gRPC call failed by a bug", exc_info=True, request=call.id)
-            call.end(failure_of(SLLMError()))
-        else:
-            call.end()
+            return failure_of(SLLMError())
+        return None
 
     def _sweep(self, now_s: float) -> None:
         for call in list(self._running):

@@ -28,6 +28,7 @@ from serverlessllm.orchestrator.grpc.watching import Watching
 from serverlessllm.orchestrator.status import Status
 
 SERVICE = "serverlessllm.v1.Inference"
+_NAME_CHARS_MAX = 512
 
 
 class _ModelList(msgspec.Struct, frozen=True):
@@ -93,6 +94,8 @@ async def known_model(asking: Asking, call: Call, name: str) -> ModelObject:
     """
     if not name:
         raise ModelNotFound("the name of the model is missing", param="model")
+    if len(name) > _NAME_CHARS_MAX:
+        raise ModelNotFound("no model has a name as long as this", param="model")
     body = await asking.whole(call, "GET", f"/v1/models/{quote(name, safe='/@:')}")
     return _model.decode(body)
 

@@ -63,16 +63,15 @@ class Repository:
             "RepositoryModelUnload": one(pb.RepositoryModelUnloadRequest, self._unload),
         }
 
-    async def _live(self, call: Call, _: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
-        await self._asking.check_key(call)
+    async def _live(self, _call: Call, _: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
-    async def _ready(self, call: Call, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
-        await self._asking.check_key(call)
+    async def _ready(self, _call: Call, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=not self._not_ready())
 
-    async def _metadata(self, call: Call, _: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
-        await self._asking.check_key(call)
+    async def _metadata(
+        self, _call: Call, _: pb.ServerMetadataRequest
+    ) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(
             name=_PLATFORM, version=__version__, extensions=_EXTENSIONS
         )

