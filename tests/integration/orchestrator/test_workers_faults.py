@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+import trustme
 
 from serverlessllm.testing.kept import Kept, one_of_each
 from serverlessllm.testing.waiting import eventually
@@ -240,6 +241,21 @@ async def test_a_worker_that_crashed_twice_is_back_after_a_pause(cluster):
     await all_serve(made, 2)
     for kept in (await one_of_each(made.url, 2)).values():
         await kept.close()
+
+
+async def test_a_worker_that_cannot_come_back_says_why(cluster, tmp_path, capfd):
+    certificate, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    issued.private_key_and_cert_chain_pem.write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    made = await cluster(
+        workers=2, tls_certificate=str(certificate), tls_key=str(key), worker_restart_s_min=30.0
+    )
+    key.write_text("broken")
+    place = made.front._workers._places[0]
+    os.kill(place.worker.pid, signal.SIGKILL)
+    await crashed(2, place)
+    assert "are not a certificate and its private key" in capfd.readouterr().err
 
 
 async def test_without_any_worker_the_server_is_not_ready(cluster):

@@ -56,7 +56,9 @@ class _Process:
             assert self._worker is not None
             await self._worker.start()
         except (OSError, ValueError) as error:
+            _log.error("cannot start", worker=start.number, reason=str(error))
             self.channel.send(CannotStart(reason=str(error)))
+            self._stop.set()
             await self._close_channel()
             return _CANNOT_START
         # What start-up made stays for ever: the collector need never look at it again.
