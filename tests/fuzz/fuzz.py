@@ -14,18 +14,32 @@ import atheris
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-with atheris.instrument_imports(include=["serverlessllm.checkpoint"]):
-    from targets import TARGETS
+_READERS = (
+    "serverlessllm.checkpoint",
+    "serverlessllm.edge",
+    "serverlessllm.openai",
+    "serverlessllm.orchestrator.grpc",
+)
+with atheris.instrument_imports(include=list(_READERS)):
+    import gateway_targets
+    import targets
 
 from bounded import Bounded  # noqa: E402 - found by the line above
 from mutate import mutate_json, mutate_lines, mutate_pickle  # noqa: E402
 
+TARGETS = {**targets.TARGETS, **gateway_targets.TARGETS}
 MUTATORS = {
     "adapter_config": mutate_json,
+    "dialects": mutate_json,
+    "engine_answers": mutate_json,
+    "engine_streams": mutate_lines,
+    "http_answers": mutate_lines,
+    "http_requests": mutate_lines,
     "index": mutate_json,
     "names": mutate_lines,
     "pickle": mutate_pickle,
     "pickle_answer": mutate_lines,
+    "requests": mutate_json,
     "safetensors_header": mutate_json,
     "shard_map": mutate_json,
     "torch_file": mutate_pickle,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from serverlessllm.core.errors import BackendProtocolError, SLLMError
 from serverlessllm.openai.errors import translate_backend_error
 
 _OURS = range(400, 600)
+_STATUS = re.compile("[45][0-9]{2}")
 _CLIENTS = ("badrequest", "invalid_request", "invalidrequest", "validation")
 """How an error's type begins that is about the request."""
 
@@ -44,7 +47,7 @@ def _status(error: object) -> int:
         return 500
     for name in ("code", "status", "status_code", "http_status_code"):
         value = error.get(name)
-        if isinstance(value, str) and value.isdigit():
+        if isinstance(value, str) and _STATUS.fullmatch(value):
             value = int(value)
         if isinstance(value, int) and value in _OURS:
             return value
