@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trustme
 
+from serverlessllm.core.apikeys import NewApiKey
 from serverlessllm.testing.kept import Kept, one_of_each
 from serverlessllm.testing.waiting import eventually
 
@@ -217,6 +218,28 @@ async def crash(made, place, times: int) -> None:
         await all_serve(made, 2)
         os.kill(place.worker.pid, signal.SIGKILL)
         await crashed(number, place)
+
+
+async def test_a_new_worker_knows_what_a_key_has_spent(cluster):
+    made = await cluster(workers=2)
+    await made.warm("m")
+    wanted = NewApiKey(name="k", tokens_per_minute=10)
+    key, text = await made.registry.create_api_key(wanted)
+    await made.until(lambda: key.sha256 in made.front.view.api_keys)
+    await synced(made)
+    made.agents[0].usage = "500 500"  # paid back in an hour and a half
+    bearer = {"authorization": f"Bearer {text}"}
+    kept = await Kept.open(made.url)
+    assert (await kept.ask("POST", CHAT, BODY, bearer)).status == 200
+    await kept.close()
+    await eventually(lambda: made.front.quotas.of(key).tokens.left < 0)
+    for place in made.front._workers._places:
+        os.kill(place.worker.pid, signal.SIGKILL)
+    await crashed(1, *made.front._workers._places)
+    await all_serve(made, 2)
+    for kept in (await one_of_each(made.url, 2)).values():
+        assert (await kept.ask("POST", CHAT, BODY, bearer)).status == 429
+        await kept.close()
 
 
 async def test_while_a_worker_crashes_again_and_again_the_others_have_its_clients(cluster):

@@ -195,6 +195,25 @@ def test_processes_tell_each_other_what_was_spent(clock):
     assert here.spent_since() == {"one": (1, 5)}
 
 
+async def test_a_process_that_begins_hears_what_was_spent_before(clock):
+    here, there = Quotas(clock), Quotas(clock)
+    limited = key(requests_per_minute=10, tokens_per_minute=1000)
+    mine, theirs = here.of(limited), there.of(limited)
+    assert mine is not None
+    assert theirs is not None
+    assert here.missing() == {}
+    here.note_others({KeyId("one"): (4, 300)})
+    with mine.admit(40, None) as admission:
+        admission.settle(100)
+    assert here.missing() == {"one": (4, 300)}  # and the rest is still to be told
+    there.note_others(here.missing())
+    there.note_others(here.spent_since())
+    assert read_lines(theirs) == read_lines(mine)
+    assert read_lines(theirs)["x-ratelimit-remaining-tokens"] == "600"
+    await clock.advance(60)
+    assert here.missing() == {}
+
+
 @given(
     st.integers(1, 10**6),
     st.lists(st.tuples(st.floats(0, 100), st.integers(0, 2000)), max_size=30),

@@ -71,6 +71,10 @@ class Bucket:
         self.left = left
         return left
 
+    def missing(self, now_s: float) -> int:
+        """How much of a full bucket is not left now."""
+        return math.ceil(self.per_minute - self.look(now_s))
+
     def take(self, units: float, now_s: float) -> None:
         """Take from what is left (or give back, if negative). Whatever came back by now is not for
         these units: a bucket that was full is no fuller for having waited."""
@@ -154,6 +158,14 @@ class Usage:
             self.requests.take(requests, now_s)
         if self.tokens is not None and tokens:
             self.tokens.take(tokens, now_s)
+
+    def missing(self) -> Spent:
+        """What is missing of a full minute, but for what `Quotas.spent_since` will still tell."""
+        now_s = self._clock.now_s()
+        return (
+            0 if self.requests is None else self.requests.missing(now_s) - self.spent_requests,
+            0 if self.tokens is None else self.tokens.missing(now_s) - self.spent_tokens,
+        )
 
     def lines(self) -> bytes:
         """The header lines that tell a client what it has left."""
@@ -239,6 +251,11 @@ class Quotas:
             usage.spent_requests = usage.spent_tokens = 0
         self._moved.clear()
         return spent
+
+    def missing(self) -> dict[KeyId, Spent]:
+        """For a process that begins: what it has not heard that others spent."""
+        found = {key: usage.missing() for key, (_, usage) in self._usages.items()}
+        return {key: spent for key, spent in found.items() if spent != (0, 0)}
 
     def note_others(self, spent: Mapping[KeyId, Spent]) -> None:
         """What keys spent in other processes; of a key not met here it is not kept."""

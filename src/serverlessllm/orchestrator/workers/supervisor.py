@@ -224,6 +224,7 @@ class Workers:
             listeners=tuple(each.fileno() for each in place.sockets),
         )
         await process.start(start, place.sockets)
+        process.tell(KeysSpent(spent=self._quotas.missing()))
         self._processes.add(process)
         process.ended.add_done_callback(lambda _: self._ended(process))
         place.worker = process
