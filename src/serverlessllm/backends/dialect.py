@@ -7,9 +7,10 @@ is made spec-complete afterwards by `serverlessllm.openai.answers`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from enum import StrEnum
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -97,6 +98,9 @@ class Speaks(Protocol):
     def dialect(self, spec: ModelSpec) -> Dialect: ...
 
 
+_decoder: Callable[[Any], msgspec.json.Decoder[Any]] = functools.cache(msgspec.json.Decoder)
+
+
 def decode(body: bytes, type_: type[T]) -> T:
     """A checked request.
 
@@ -104,9 +108,10 @@ def decode(body: bytes, type_: type[T]) -> T:
         InvalidRequest: it was not checked.
     """
     try:
-        return msgspec.json.decode(body, type=type_)
+        decoded: T = _decoder(type_).decode(body)
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"the request is not valid: {error}") from None
+    return decoded
 
 
 class PlainDialect(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from serverlessllm.backends.calls import Calls, Delta, delta_fields, message_fields
 from serverlessllm.backends.dialect import Engine, decode
@@ -36,6 +36,61 @@ _TOOLS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_
 _OF_A_CHAT = ("messages", "response_format", "logprobs", "top_logprobs", "stream_options")
 _encoder = msgspec.json.Encoder()
 _fields = msgspec.json.Decoder(dict[str, Raw])
+
+
+_Said = Raw | UnsetType
+
+
+class _Message(msgspec.Struct, frozen=True, gc=False):
+    """What a message may hold beside its role."""
+
+    content: str | list[Raw] | None = None
+    tool_calls: _Said = UNSET
+    refusal: _Said = UNSET
+    name: _Said = UNSET
+    function_call: _Said = UNSET
+    audio: _Said = UNSET
+
+    @property
+    def plain(self) -> bool:
+        return (
+            self.content.__class__ is str
+            and self.tool_calls is UNSET
+            and self.refusal is UNSET
+            and self.name is UNSET
+            and self.function_call is UNSET
+            and self.audio is UNSET
+        )
+
+
+class _Glance(msgspec.Struct, frozen=True, gc=False):
+    """What a chat may hold that the engine does not do as the API has it."""
+
+    messages: list[_Message]
+    tools: _Said = UNSET
+    tool_choice: _Said = UNSET
+    functions: _Said = UNSET
+    function_call: _Said = UNSET
+    response_format: _Said = UNSET
+    logprobs: _Said = UNSET
+    top_logprobs: _Said = UNSET
+    n: _Said = UNSET
+    modalities: _Said = UNSET
+    web_search_options: _Said = UNSET
+    continue_final_message: _Said = UNSET
+
+
+_PLAIN = (UNSET,) * (len(_Glance.__struct_fields__) - 1)
+
+
+def as_it_stands(body: bytes) -> bool:
+    """Whether the engine answers a checked chat as the API has it. Asked of every chat: 2 µs."""
+    if b"null" in body:
+        return False
+    messages, *special = msgspec.structs.astuple(decode(body, _Glance))
+    if tuple(special) != _PLAIN:
+        return False
+    return all(message.plain for message in messages)
 
 
 class ChatAsk(ToolFields, frozen=True, kw_only=True):

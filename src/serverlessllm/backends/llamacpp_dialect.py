@@ -21,6 +21,7 @@ from serverlessllm.backends.llamacpp_chat import (
     ChatAsk,
     MendedChat,
     RenderedChat,
+    as_it_stands,
     check_text_only,
     without_tools,
 )
@@ -34,15 +35,6 @@ from serverlessllm.openai.rerank import RerankRequest
 from serverlessllm.openai.tokenize import DetokenizeRequest, TokenizeRequest
 
 _TOKENS = frozenset({Operation.TOKENIZE, Operation.DETOKENIZE})
-_CHAT_FIELDS = (
-    b'"tool',
-    b'"function',
-    b'"response_format"',
-    b'"logprobs"',
-    b'"n"',
-    b'"continue_final_message"',
-)
-_MEDIA = (b'"image_url"', b'"input_audio"', b'"file"')
 _fields = msgspec.json.Decoder(dict[str, Raw])
 _encoder = msgspec.json.Encoder()
 
@@ -89,11 +81,10 @@ class LlamaDialect:
         return Ask(COMPLETIONS, body)
 
     def _chat(self, body: bytes) -> Ask | Composed:
-        if any(field in body for field in _MEDIA):
-            check_text_only(body)
-        body = takeable(body)
-        if not any(field in body for field in _CHAT_FIELDS):
+        if as_it_stands(body):
             return Ask(CHATS, body)
+        check_text_only(body)
+        body = takeable(body)
         ask = decode(body, ChatAsk)
         offer = offered(ask)
         if ask.tools and not offer.tools:

@@ -57,6 +57,7 @@ class TextAsk(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the engine answers it as it stands, but for the length of the answer."""
         return (
             isinstance(self.prompt, str)
+            and self.prompt != ""
             and not (self.echo or self.suffix)
             and self.logprobs != 0
             and self.max_tokens != 0
@@ -169,6 +170,11 @@ class Texts:
 
     async def _pieces(self, engine: Engine, number: int, prompt: Prompt) -> AsyncIterator[Piece]:
         """The answers to one prompt, as they come."""
+        if not prompt and not await self._tokens(engine, prompt):
+            raise InvalidRequest(
+                "prompt: it is empty, and the model's vocabulary has no token to begin a text with",
+                param="prompt",
+            )
         first = number * self._ask.answers
         places = range(first, first + self._ask.answers)
         if self._ask.echo:

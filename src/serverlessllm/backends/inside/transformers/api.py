@@ -23,6 +23,7 @@ from serverlessllm.backends.inside.transformers.answers import (
 from serverlessllm.backends.inside.transformers.arrivals import Wait
 from serverlessllm.backends.inside.transformers.asks import (
     ANSWERS_MAX,
+    INPUTS_MAX,
     ChatAsk,
     CompletionAsk,
     Defaults,
@@ -129,7 +130,7 @@ class Api:
 
     async def _complete(self, request: Request) -> None:
         ask = read(await request.body(), CompletionAsk)
-        given = texts("prompt", ask.prompt)
+        given = texts("prompt", ask.prompt, ANSWERS_MAX)
         if ask.suffix and isinstance(ask.prompt, str):
             prompts = [self._text.encode_gap(ask.prompt, ask.suffix)]
         else:
@@ -243,7 +244,8 @@ class Api:
 
     async def _embed(self, request: Request) -> None:
         ask = read(await request.body(), EmbeddingAsk)
-        inputs = [await self._reader.tokens("input", one) for one in texts("input", ask.input)]
+        given = texts("input", ask.input, INPUTS_MAX)
+        inputs = [await self._reader.tokens("input", one) for one in given]
         for tokens in inputs:
             self._reader.room("input", tokens)
         data = []

@@ -25,6 +25,8 @@ from serverlessllm.openai.request.tools import (
 
 ANSWERS_MAX = 256
 """Prompts times `n` of one request."""
+INPUTS_MAX = 2048
+"""Of one request for embeddings: what the API allows."""
 _STOPS_MAX = 16
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<field>[^`]*)`")
@@ -200,8 +202,8 @@ def read(body: bytes, type_: type[Body]) -> Body:
     return ask
 
 
-def texts(param: str, value: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """A text, several, token numbers, or several lists of them: as a list of prompts.
+def texts(param: str, value: str | list[str | int | list[int]], most: int) -> list[str | list[int]]:
+    """A text, several, token numbers, or several lists of them: as a list of prompts, `most` at most.
 
     Raises:
         InvalidRequest: nothing, too many, or kinds that are mixed.
@@ -215,8 +217,8 @@ def texts(param: str, value: str | list[str | int | list[int]]) -> list[str | li
     prompts = [item for item in value if not isinstance(item, int)]
     if len(prompts) != len(value) or len({type(prompt) for prompt in prompts}) > 1:
         raise InvalidRequest(f"{param}: texts or token ids, not both", param=param)
-    if len(prompts) > ANSWERS_MAX:
-        raise InvalidRequest(f"{param}: at most {ANSWERS_MAX}", param=param)
+    if len(prompts) > most:
+        raise InvalidRequest(f"{param}: at most {most}", param=param)
     return prompts
 
 

@@ -16,6 +16,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 class _Part(msgspec.Struct, frozen=True):
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class _Function(msgspec.Struct, frozen=True):
@@ -34,6 +35,7 @@ class RawMessage(msgspec.Struct, frozen=True):
 
     role: str
     content: str | list[_Part] | None = None
+    refusal: str | None = None
     tool_calls: list[_Call] | None = None
     tool_call_id: str | None = None
     name: str | None = None
@@ -61,7 +63,7 @@ def _message(place: int, message: RawMessage) -> Message:
     role = "system" if message.role == "developer" else message.role
     return Message(
         role=role,
-        content=_content(where, message.content),
+        content=_content(where, message.content) or message.refusal or "",
         tool_calls=[_called(call) for call in message.tool_calls or ()],
         tool_call_id=message.tool_call_id,
         name=message.name if role == "tool" else None,
@@ -72,10 +74,10 @@ def _content(where: str, content: str | list[_Part] | None) -> str:
     if not isinstance(content, list):
         return content or ""
     for number, part in enumerate(content):
-        if part.type != "text" or part.text is None:
+        if part.text is None and part.refusal is None:
             param = f"{where}.content[{number}]"
             raise InvalidRequest(f"{param}: this model reads text only", param=param)
-    return "".join(part.text or "" for part in content)
+    return "".join(part.text or part.refusal or "" for part in content)
 
 
 def _called(call: _Call) -> Called:
