@@ -132,6 +132,8 @@ class Request:
     """Whether the answer's head has been written."""
     finished = False
     """Whether the answer has ended."""
+    status = 0
+    """Of the answer that a handler has begun; one that is relayed has its own."""
     _whole = False
     _body = b""
     _pieces: bytearray | None = None
@@ -206,6 +208,7 @@ class Request:
 
     def respond(self, status: int, headers: Headers = (), body: bytes = b"") -> None:
         """A whole answer at once; `content-length` is added."""
+        self.status = status
         length = b"" if status in BODILESS else b"content-length: %d\r\n" % len(body)
         head = status_line(status) + encode_headers(headers) + length
         if self.method == "HEAD" or status in BODILESS:
@@ -215,6 +218,7 @@ class Request:
 
     def start(self, status: int, headers: Headers = ()) -> None:
         """Begin a streamed answer (chunked; until close for HTTP/1.0)."""
+        self.status = status
         framing = b"transfer-encoding: chunked\r\n" if self.framed else b""
         self.begin(status_line(status) + encode_headers(headers) + framing)
 

@@ -382,3 +382,36 @@ async def test_a_conversation_has_a_bound_of_items(cluster):
     assert first.status == 200
     more = await ask(c, body={**ASK, "previous_response_id": first.json()["id"]})
     assert (more.status, more.json()["error"]["param"]) == (400, "input")
+
+
+async def test_each_route_is_counted_beside_the_chat_that_it_becomes(warm):
+    async def count(route, status):
+        text = (await warm.ask("/metrics")).body.decode()
+        start = f'sllm_requests_total{{model="",route="{route}",status="{status}"}} '
+        found = [line for line in text.splitlines() if line.startswith(start)]
+        return float(found[0].removeprefix(start)) if found else 0.0
+
+    asks = [
+        ("/v1/responses", ASK, (), "/v1/responses", 200),
+        ("/v1/responses", STREAM, (), "/v1/responses", 200),
+        ("/v1/responses", {**ASK, "model": "none"}, (), "/v1/responses", 404),
+        ("/v1/responses", {}, (), "/v1/responses", 400),
+        ("/v1/responses", ASK, (("idempotency-key", "k"),), "/v1/responses", 200),
+        ("/v1/responses", ASK, (("idempotency-key", "k"),), "/v1/responses", 200),
+        ("/v1/responses/resp_none", None, (), "/v1/responses/", 404),
+        ("/v1/messages", {"model": "m"}, (), "/v1/messages", 400),
+        ("/v1/models", None, (), "/v1/models", 200),
+    ]
+    for path, body, headers, route, status in asks:
+        before = await count(route, status)
+        assert (await warm.ask(path, body, headers=headers)).status == status
+        assert await count(route, status) == before + 1, (path, status)
+    left = await count("/v1/responses", 499)
+    warm.agents[0].token_gate.clear()
+    client = await warm.open(STREAM, "/v1/responses")
+    await client.read_until(b"output_text.delta")
+    await client.leave()
+    await warm.until(lambda: warm.agents[0].cancelled == 1)
+    async with asyncio.timeout(5):
+        while await count("/v1/responses", 499) != left + 1:
+            await asyncio.sleep(0.01)

@@ -183,7 +183,7 @@ class Replays:
             )
         again = b"%bidempotency-replayed: true\r\ncontent-length: %d\r\n"
         request.begin(again % (kept.lines, len(kept.body)), kept.body)
-        request.finished = True
+        request.status, request.finished = kept.status, True
         return kept.status
 
     async def _record(

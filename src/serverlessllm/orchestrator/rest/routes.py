@@ -92,7 +92,8 @@ class Routes:
         self._render_metrics = metrics
         self._clock = clock
         self._replays = Replays(settings, clock)
-        self._running = dict.fromkeys(_PARSERS, 0)
+        counted = (route.path for route in routes if _is_counted(route))
+        self._running = dict.fromkeys((*_PARSERS, *counted), 0)
         self._tallies = Tallies()
         self._table = RouteTable(
             (
@@ -137,7 +138,7 @@ class Routes:
                 status = _GONE
             raise
         finally:
-            self._note(request, status)
+            self._note(path, request, status)
 
     def answer_headers(self, request: Request) -> bytes:
         """The header lines of every answer: where its time went, what its key has left."""
@@ -151,9 +152,9 @@ class Routes:
         """Requests being answered, by route."""
         return dict(self._running)
 
-    def _note(self, request: Request, status: int) -> None:
-        """The one place that counts a request, however it ended."""
-        path, timing = request.path, request.state
+    def _note(self, path: str, request: Request, status: int) -> None:
+        """The one place that counts a request, however it ended; by its route's path."""
+        timing = request.state
         known = timing if isinstance(timing, Timing) else None
         model = ModelId("") if known is None else known.model
         if model not in self._view.models:
@@ -175,6 +176,25 @@ class Routes:
         """Everything that is not hot."""
         await in_task()
         route = self._table.find(request.path)
+        if route is None or not _is_counted(route):
+            await self._explained(request, route)
+            return
+        status = _BUG
+        self._running[route.path] += 1
+        try:
+            await self._explained(request, route)
+            status = request.status
+        except SLLMError as error:
+            status = error.status
+            raise
+        except asyncio.CancelledError:
+            status = _DRAINING.status if request.connected else _GONE
+            raise
+        finally:
+            self._note(route.path, request, status)
+
+    async def _explained(self, request: Request, route: Route | None) -> None:
+        """Serve; an error is told in the words of the route's own API."""
         try:
             await self._serve(request, route)
         except SLLMError as error:
@@ -228,6 +248,12 @@ def render(error: SLLMError) -> tuple[int, list[tuple[str, str]], bytes]:
     if isinstance(error, StillLoading):
         body = loading_body(error, body)
     return status, headers, body
+
+
+def _is_counted(route: Route) -> bool:
+    """Whether it is of an API that is counted by route; a translated request counts twice, as
+    what was asked and as the chat that it became."""
+    return route.path.startswith(_OPENAI)
 
 
 async def _alive(request: Request) -> None:
