@@ -8,7 +8,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,10 +20,13 @@ from tests.integration.orchestrator.conftest import _running, beating
 
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.orchestrator.settings import OrchestratorSettings
-from serverlessllm.testing.hostile_http import ALIVE, CASES, GOOD, Case
+from serverlessllm.testing.hostile_http import ALIVE, CASES, GOOD, SLOW, Case
 
 SOON_S = 10.0
 PACE_S = 0.02
+KEPT = 8
+"""Descriptors of connections that are kept for the next request, and tasks of the metadata that come
+and go: less than one for each case."""
 EDGE = EdgeSettings(
     header_timeout_s=0.3,
     body_timeout_s=0.4,
@@ -227,3 +231,27 @@ def test_a_hostile_client_gets_what_it_may_and_no_more(served: Served, case: Cas
     good, _ = play(served.where, GOOD[0])
     assert [answer.status for answer in good] == [200]
     assert served.complaints == []
+
+
+def test_nothing_of_them_stays(served: Served) -> None:
+    eventually_now(lambda: served.connections() == 0)
+    assert play(served.where, GOOD[0])  # whatever is kept for the next request is there
+    tasks, descriptors = served.tasks(), descriptors_open()
+    for case in CASES:
+        if case not in SLOW:
+            play(served.where, case)
+    eventually_now(lambda: served.connections() == 0)
+    eventually_now(lambda: served.tasks() <= tasks + KEPT)
+    eventually_now(lambda: descriptors_open() <= descriptors + KEPT)
+    assert served.complaints == []
+
+
+def descriptors_open() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def eventually_now(holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + SOON_S
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(PACE_S)
