@@ -120,3 +120,28 @@ async def test_of_an_answer_that_was_begun_only_the_rest_is_told(content: object
     assert json.loads(piece)["choices"][0]["message"]["content"] == " done"
     streamed = dialect.translate(Operation.CHAT, json.dumps(asked | {"stream": True}).encode())
     assert isinstance(streamed, Ask)
+
+
+class Wordless:
+    """Has no token for a text without words."""
+
+    async def ask(self, path: str, body: bytes) -> bytes:
+        assert path == "/tokenize"
+        return b'{"tokens":[]}'
+
+    async def get(self, path: str) -> bytes:
+        raise AssertionError(path)
+
+    async def stream(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
+        yield await self.ask(path, body)
+
+
+@pytest.mark.parametrize("prompt", ["", ["", "a"]])
+async def test_an_empty_prompt_needs_a_token_that_begins_a_text(prompt: object) -> None:
+    dialect = LlamaDialect(embeddings=True, rerank=False, scored_tokens_max=4, slots=2)
+    asked = json.dumps({"prompt": prompt, "stream": True}).encode()
+    texts = dialect.translate(Operation.COMPLETIONS, asked)
+    assert not isinstance(texts, Ask)
+    with pytest.raises(InvalidRequest) as refused:
+        _ = [piece async for piece in texts(Wordless())]
+    assert refused.value.param == "prompt"
