@@ -203,7 +203,7 @@ def read(body: bytes, type_: type[Body]) -> Body:
 
 
 def texts(param: str, value: str | list[str | int | list[int]], most: int) -> list[str | list[int]]:
-    """A text, several, token numbers, or several lists of them: as a list of prompts, `most` at most.
+    """A text, several, token numbers, or several lists of them: as a list of at most `most`.
 
     Raises:
         InvalidRequest: nothing, too many, or kinds that are mixed.
