@@ -25,8 +25,8 @@ from serverlessllm.testing.hostile_http import ALIVE, CASES, GOOD, SLOW, Case
 SOON_S = 10.0
 PACE_S = 0.02
 KEPT = 8
-"""Descriptors of connections that are kept for the next request, and tasks of the metadata that come
-and go: less than one for each case."""
+"""Descriptors of connections that are kept for the next request, and tasks of the metadata that
+come and go: less than one for each case."""
 EDGE = EdgeSettings(
     header_timeout_s=0.3,
     body_timeout_s=0.4,
