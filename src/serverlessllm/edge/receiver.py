@@ -29,7 +29,7 @@ _TARGET_BYTES_MAX = 256
 _targets: dict[bytes, tuple[str, str]] = {}
 _PECULIAR = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
 """Fields that say more of a request's framing than its length does."""
-_SINGLE = frozenset((b"host", b"authorization"))
+_SINGLE = frozenset((b"host", b"authorization", b"x-api-key"))
 """Fields that decide who is asked by whom: of two, somebody before us may have read the other."""
 _SLICE_BYTES = 32 * KIB
 """What the parser gets at once: limits are looked at in between, however much one read holds."""

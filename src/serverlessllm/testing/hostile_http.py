@@ -123,6 +123,7 @@ LINES = _refused(
     no_host=b"GET /livez HTTP/1.1\r\n\r\n",
     two_hosts=ALIVE[:-2] + b"host: other\r\n\r\n",
     two_keys=ALIVE[:-2] + b"authorization: Bearer a\r\nauthorization: Bearer b\r\n\r\n",
+    two_keys_elsewhere=ALIVE[:-2] + b"x-api-key: a\r\nX-Api-Key: b\r\n\r\n",
 )
 TARGETS = _refused(
     400,
