@@ -28,7 +28,7 @@ fi
 
 mkdir -p bench/results
 names=("$@")
-((${#names[@]})) || names=(cold_start warm_request load convert workers edge)
+((${#names[@]})) || names=(cold_start warm_request load convert workers soak edge)
 [[ " ${names[*]} " != *" load "* ]] ||
     scripts/peers.sh torch safetensors runai tensorizer fastsafetensors instanttensor transformers
 [[ " ${names[*]} " != *" edge "* ]] || scripts/peers.sh vllm-router sglang-router litellm aiohttp
