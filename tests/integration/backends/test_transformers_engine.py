@@ -240,7 +240,9 @@ async def test_a_stop_text_ends_the_answer_and_is_not_said(engine: Engine) -> No
     answer = await engine.chat(stop=["\n", stop])
     assert content(answer) == text[: text.index(stop)]
     assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["stop_reason"] == stop
     events = await engine.stream(CHAT, chat(stream=True, stop=stop))
+    assert [c["stop_reason"] for e in events for c in e["choices"] if "stop_reason" in c] == [stop]
     streamed = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
     assert streamed == text[: text.index(stop)]
 

@@ -110,7 +110,9 @@ def test_stops_are_found_in_whatever_pieces_they_come(
     if not found.hit:
         out += found.push(rest, whole=True)
     first = min((at for stop in stops if (at := said.find(stop)) >= 0), default=None)
-    assert found.hit == (first is not None)
+    assert bool(found.hit) == (first is not None)
+    assert not found.hit or found.hit in stops
+    assert (out + found.hit) in said
     assert said.startswith(out)
     assert not any(stop in out for stop in stops)
     if first is None:

@@ -28,6 +28,8 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[tuple[int, Score | None]]
     """With their scores, where they were asked for; a prompt's first token has none."""
     finish_reason: str | None
+    stopped_by: str = ""
+    """The stop text that ended it, if one did."""
 
     @property
     def text(self) -> str:
@@ -80,7 +82,7 @@ class Choice:
         if update.finished:
             text += self._decoder.rest()
         text = self._stops.push(text, whole=update.finished)
-        over = update.finished or self._stops.hit
+        over = update.finished or bool(self._stops.hit)
         deltas = self._calls.push(text, whole=over)
         if over:
             self.finish_reason = "stop" if ended or self._stops.hit else "length"
@@ -102,7 +104,11 @@ class Choice:
             deltas = [Delta(text=echo.text), *deltas]
             tokens = [*echo.tokens, *tokens]
         return Piece(
-            index=self.index, deltas=deltas, tokens=tokens, finish_reason=self.finish_reason
+            index=self.index,
+            deltas=deltas,
+            tokens=tokens,
+            finish_reason=self.finish_reason,
+            stopped_by=self._stops.hit,
         )
 
 
@@ -184,6 +190,7 @@ def joined(parts: Sequence[Piece]) -> Piece:
         deltas=[delta for part in parts for delta in part.deltas],
         tokens=[token for part in parts for token in part.tokens],
         finish_reason=parts[-1].finish_reason,
+        stopped_by=parts[-1].stopped_by,
     )
 
 
@@ -200,6 +207,11 @@ def likeliest(pieces: Sequence[Piece], made: int, wanted: int) -> list[Piece]:
 def _unlikelihood(piece: Piece) -> float:
     scores = [score.logprob for _, score in piece.tokens if score is not None]
     return -sum(scores) / len(scores) if scores else 0.0
+
+
+def _stop_reason(piece: Piece) -> dict[str, object]:
+    """By vLLM's name, where there is one: which of the stop texts ended the answer."""
+    return {"stop_reason": piece.stopped_by} if piece.stopped_by else {}
 
 
 class Shape:
@@ -227,7 +239,7 @@ class Shape:
         else:
             choice["text"] = piece.text
         choice["logprobs"] = self._scores(piece) if self._scored and piece.tokens else None
-        return choice
+        return choice | _stop_reason(piece)
 
     def whole(self, piece: Piece) -> dict[str, object]:
         """The choice of an answer at once: `piece` is all of it."""
@@ -238,7 +250,7 @@ class Shape:
         else:
             choice["text"] = piece.text
         choice["logprobs"] = self._scores(piece) if self._scored else None
-        return choice
+        return choice | _stop_reason(piece)
 
     def _scores(self, piece: Piece) -> dict[str, object]:
         if self._kind == "chat":

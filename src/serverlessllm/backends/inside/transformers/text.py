@@ -198,17 +198,17 @@ class Stops:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._kept = ""
-        self.hit = False
-        """Whether one has come: nothing more is to be said."""
+        self.hit = ""
+        """The one that has come, if one has: nothing more is to be said."""
 
     def push(self, text: str, *, whole: bool = False) -> str:
         """What of it may be said; `whole`: nothing more will come."""
         text = self._kept + text
         self._kept = ""
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.hit = True
-            return text[: min(found)]
+            at, self.hit = min(found)
+            return text[:at]
         kept = 0 if whole else max((_overlap(stop, text) for stop in self._stops), default=0)
         if kept:
             self._kept = text[-kept:]
