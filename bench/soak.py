@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=1_000_000)
     wanted = parser.parse_args().requests
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and the processes with it
     with ExitStack() as stack:
         samples = _soak(wanted, Path(stack.enter_context(tempfile.TemporaryDirectory())), stack)
     half = samples[len(samples) // 2 :]
