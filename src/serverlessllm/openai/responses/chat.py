@@ -71,7 +71,7 @@ def to_chat(create: Create, history: Sequence[Item], items: Sequence[Item]) -> C
     tools, choice = _tools(create)
     request = ChatRequest(
         model=create.model,
-        messages=tuple(messages.written),
+        messages=messages.whole(),
         stream=create.stream,
         stream_options=StreamOptions(include_usage=True) if create.stream else None,
         max_completion_tokens=create.max_output_tokens,
@@ -92,9 +92,7 @@ def to_chat(create: Create, history: Sequence[Item], items: Sequence[Item]) -> C
 def to_count(create: Create, history: Sequence[Item], items: Sequence[Item]) -> Chat:
     """What `/v1/tokenize` is asked to count the tokens of."""
     messages = _messages(create, history, items)
-    request = CountRequest(
-        model=create.model, messages=tuple(messages.written), tools=_tools(create)[0]
-    )
+    request = CountRequest(model=create.model, messages=messages.whole(), tools=_tools(create)[0])
     return Chat(body=msgspec.json.encode(request), places=tuple(messages.places))
 
 
@@ -133,8 +131,20 @@ class _Messages:
     """Messages of a chat as they are written, and where each comes from."""
 
     def __init__(self) -> None:
-        self.written: list[ChatMessage] = []
         self.places: list[str] = []
+        self._written: list[ChatMessage] = []
+        self._beginning: list[str] = []
+        """The texts of the first message, if that is the system's."""
+        self._calls: list[ToolCall] = []
+        """Of the last message; put into it when there is no more to join."""
+
+    def whole(self) -> tuple[ChatMessage, ...]:
+        """All of them."""
+        self._end_calls()
+        if self._beginning:
+            text = "\n\n".join(self._beginning)
+            self._written[0] = ChatMessage(role="system", content=text)
+        return tuple(self._written)
 
     def add(self, item: Item, place: str) -> None:
         """Append one item, or join it to the message it belongs to."""
@@ -155,23 +165,19 @@ class _Messages:
 
     def add_system(self, text: str, place: str) -> None:
         """What stands at the beginning is one message: most chat templates take only one."""
-        written = self.written
-        if len(written) == 1 and written[0].role == "system":
-            text = f"{written[0].content}\n\n{text}"
-            written[0] = ChatMessage(role="system", content=text)
-        else:
+        begins = len(self._written) == len(self._beginning[:1])
+        if not (begins and self._beginning):
             self._append(ChatMessage(role="system", content=text), place)
+        if begins:
+            self._beginning.append(text)
 
     def _add_call(self, item: FunctionCall, place: str) -> None:
         """Calls of one turn are one message, with what the model said before them."""
         function = CalledFunction(name=item.name, arguments=item.arguments)
         call = ToolCall(id=item.call_id, function=function)
-        last = self.written[-1] if self.written else None
-        if last is not None and last.role == "assistant":
-            calls = (*last.tool_calls, call)
-            self.written[-1] = msgspec.structs.replace(last, tool_calls=calls)
-        else:
-            self._append(ChatMessage(role="assistant", tool_calls=(call,)), place)
+        if not self._written or self._written[-1].role != "assistant":
+            self._append(ChatMessage(role="assistant"), place)
+        self._calls.append(call)
 
     def _add_output(self, item: FunctionCallOutput, place: str) -> None:
         """A tool's message is text: media that it found follow as the user's."""
@@ -183,8 +189,14 @@ class _Messages:
             self._append(ChatMessage(role="user", content=media), f"{place}.output")
 
     def _append(self, message: ChatMessage, place: str) -> None:
-        self.written.append(message)
+        self._end_calls()
+        self._written.append(message)
         self.places.append(place)
+
+    def _end_calls(self) -> None:
+        if self._calls:
+            calls, self._calls = tuple(self._calls), []
+            self._written[-1] = msgspec.structs.replace(self._written[-1], tool_calls=calls)
 
 
 def _texts(content: Iterable[Content]) -> Iterable[str]:
