@@ -3,26 +3,29 @@
     python -m bench.orchestrator PORT UPSTREAM_PORT [--key KEY] [--workers N]
 
 Everything of `sllm orchestrator` runs: registry, watch, view, router, edge, metrics. The agent is a
-record in the registry, refreshed each second, whose address is the mock's.
+record in the registry, refreshed each second, whose address is the mock's. Each KEY is one of the
+registry's, with a model list and with limits a minute that no load here reaches.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import tempfile
 
 from serverlessllm.bootstrap import serve_orchestrator
 from serverlessllm.cli.signals import run
 from serverlessllm.config.load import Loaded, load
+from serverlessllm.core.apikeys import LIMIT_MAX, ApiKey, digest_of
 from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.cluster import AgentRecord, CacheLevel, ModelOnAgent, TierUsage
-from serverlessllm.core.ids import Address, AgentId, ModelId
+from serverlessllm.core.ids import Address, AgentId, KeyId, ModelId
 from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.core.models import ModelRecord, ModelSpec
 from serverlessllm.metadata.open import open_metadata
 from serverlessllm.metadata.registry import Registry
+from serverlessllm.metadata.registry.keys import api_key_key
+from serverlessllm.metadata.registry.records import encode
 
 MODEL = ModelId("mock")
 SLOTS = 1024
@@ -38,7 +41,6 @@ def main() -> None:
     parser.add_argument("--key", action="append", default=[])
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
-    keys = [hashlib.sha256(key.encode()).hexdigest() for key in given.key]
     with tempfile.TemporaryDirectory(prefix="sllm-bench-") as folder:
         loaded = load(
             overrides={
@@ -47,16 +49,18 @@ def main() -> None:
                 "metadata_url": f"sqlite:///{folder}/metadata.db",
                 "orchestrator.listen": f"127.0.0.1:{given.port}",
                 "orchestrator.workers": given.workers,
-                "orchestrator.api_key_sha256": keys,
                 "edge.drain_accept_s": 0,
             }
         )
-        run(lambda stop: serve(loaded, given.upstream, f"sqlite:///{folder}/metadata.db", stop))
+        run(lambda stop: serve(loaded, given.upstream, given.key, stop))
 
 
-async def serve(loaded: Loaded, upstream_port: int, metadata_url: str, stop: asyncio.Event) -> None:
+async def serve(loaded: Loaded, upstream_port: int, keys: list[str], stop: asyncio.Event) -> None:
     """The orchestrator, and the heart of its agent."""
-    metadata = open_metadata(metadata_url, loaded.settings.metadata, SystemClock())
+    assert loaded.settings.metadata_url is not None
+    metadata = open_metadata(loaded.settings.metadata_url, loaded.settings.metadata, SystemClock())
+    for number, key in enumerate(keys):
+        await metadata.put(*api_key(number, key))
     registry = Registry(metadata)
     await registry.put_model(ModelRecord(spec=ModelSpec(model=MODEL, backend="fake")))
     heart = asyncio.get_running_loop().create_task(beat(registry, upstream_port))
@@ -66,6 +70,19 @@ async def serve(loaded: Loaded, upstream_port: int, metadata_url: str, stop: asy
         heart.cancel()
         await asyncio.gather(heart, return_exceptions=True)
         await metadata.close()
+
+
+def api_key(number: int, text: str) -> tuple[str, bytes]:
+    """Key and record in the metadata store of an API key whose text is known."""
+    record = ApiKey(
+        id=KeyId(f"key_{number}"),
+        name=f"bench {number}",
+        sha256=digest_of(text.encode()),
+        models=(MODEL,),
+        requests_per_minute=LIMIT_MAX,
+        tokens_per_minute=LIMIT_MAX,
+    )
+    return api_key_key(record.id), encode(record)
 
 
 async def beat(registry: Registry, upstream_port: int) -> None:

