@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
 from serverlessllm.core.errors import Draining, InvalidRequest, SLLMError, Unavailable
+from serverlessllm.edge.quick import Quick, Work
 from serverlessllm.edge.receiver import Receiver
 from serverlessllm.edge.request import Request, Source
-from serverlessllm.edge.steps import Run
+from serverlessllm.edge.steps import Run, Steps
 
 if TYPE_CHECKING:
     from serverlessllm.edge.server import EdgeServer
@@ -41,7 +42,7 @@ class Connection(asyncio.Protocol):
         # Answering.
         self._active: Request | None = None
         self._queue: deque[Request] = deque()
-        self._run: Run | None = None
+        self._run: Steps | None = None
         """Of the active request, once its handler has started."""
         self._lingering = False
         # Sending.
@@ -132,13 +133,47 @@ class Connection(asyncio.Protocol):
             and not self._full  # answers that nobody reads would pile up
             and not self.lost
             and (request.ready or self._refused_early(request))
+            and not self._begin_quick(request)
         ):
-            server = self.server
-            run = self._run = Run(self._handle(request), server.loop)
-            if server.stepped:
-                run.step()
-            else:
-                run.become_task()
+            self._start(self._handle(request))
+
+    def _begin_quick(self, request: Request) -> bool:
+        """Whether it is answered, or will be, without a coroutine."""
+        quick = self.server.quick
+        if quick is None or request.refusal is not None or request.whole is None:
+            return False
+        try:
+            work = quick(request)
+        except Exception:  # noqa: BLE001 - the boundary of a request
+            self._broke(request)
+            self._answered(request)
+            return True
+        if work is None:
+            return False
+        if work.link is None:
+            self.end_quick(request, work)
+        else:
+            self._run = Quick(self, request, work, work.link)
+        return True
+
+    def end_quick(self, request: Request, work: Work) -> None:
+        """An answer that came without a coroutine is here; or one must take over."""
+        try:
+            rest = work.go_on()
+        except Exception:  # noqa: BLE001 - the boundary of a request
+            self._broke(request)
+        else:
+            if rest is not None:
+                self._start(self._handle(request, rest))
+                return
+        self._answered(request)
+
+    def _start(self, handler: Coroutine[Any, Any, None]) -> None:
+        run = self._run = Run(handler, self.server.loop)
+        if self.server.stepped:
+            run.step()
+        else:
+            run.become_task()
 
     def _refused_early(self, request: Request) -> bool:
         """Whether the handler need not wait for the rest of the body; asked once a request."""
@@ -147,12 +182,12 @@ class Connection(asyncio.Protocol):
             request.ready = self.server.refuses(request)
         return request.ready
 
-    async def _handle(self, request: Request) -> None:
+    async def _handle(self, request: Request, rest: Awaitable[None] | None = None) -> None:
         """The boundary of a request: whatever goes wrong in it ends here."""
         try:
             if request.refusal is not None:
                 raise request.refusal
-            await self.server.handler(request)
+            await (self.server.handler(request) if rest is None else rest)
             if not request.finished:
                 raise RuntimeError(f"{request.method} {request.path}: the handler did not answer")
         except SLLMError as error:
@@ -161,9 +196,13 @@ class Connection(asyncio.Protocol):
             self._fail(request, _shutting_down())
             raise
         except Exception:  # noqa: BLE001 - the boundary of a request
-            _log.exception("request failed", request_id=request.id, path=request.path)
-            self._fail(request, SLLMError())
+            self._broke(request)
         self._answered(request)
+
+    def _broke(self, request: Request) -> None:
+        """By a bug: say so inside the `except`."""
+        _log.exception("request failed", request_id=request.id, path=request.path)
+        self._fail(request, SLLMError())
 
     def _fail(self, request: Request, error: SLLMError) -> None:
         if self.lost or request.finished:
@@ -287,12 +326,13 @@ class Connection(asyncio.Protocol):
 
     def interrupt(self) -> None:
         """Cancel the handler while its client is still there, then close."""
-        if self._active is not None and self._run is None:
-            self._fail(self._active, _shutting_down())
         self._queue.clear()
         self._receiver.deaf = True
+        active = self._active
         task = self._cancel()
         if task is None:
+            if active is not None:
+                self._fail(active, _shutting_down())
             self._transport.close()
         else:
             task.add_done_callback(lambda _: self._transport.close())

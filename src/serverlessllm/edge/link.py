@@ -18,7 +18,7 @@ from serverlessllm.edge.errors import (
     UpstreamTimeout,
 )
 from serverlessllm.edge.states import Framing, LinkState
-from serverlessllm.edge.steps import Run
+from serverlessllm.edge.steps import Run, Steps
 from serverlessllm.edge.wire import LAST_CHUNK
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Link(asyncio.Protocol):
         self.head_deadline_s: float | None = None
         self.idle_timeout_s: float | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._run: Run | None = None
+        self._run: Steps | None = None
         """Who waits for the next change: a task by the future, or a handler without one."""
         self._whole = False
         self._begun = 0
@@ -164,6 +164,10 @@ class Link(asyncio.Protocol):
             self._run = run
             run.waits = True
             yield
+
+    def tell(self, run: Steps) -> None:
+        """Let it be run on at the next change."""
+        self._run = run
 
     def finish(self) -> None:
         """The exchange is over: give the connection back, or close it when it is not clean."""

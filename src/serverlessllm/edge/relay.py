@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from serverlessllm.edge.errors import UpstreamError
-from serverlessllm.edge.link import BODY, CHUNKED, CLOSE, DONE
+from serverlessllm.edge.link import BODY, CHUNKED, CLOSE, DONE, Link
 from serverlessllm.edge.request import Request
 from serverlessllm.edge.response import Decoder, Response
 from serverlessllm.edge.wire import (
@@ -58,7 +58,7 @@ async def relay(
         UpstreamError: the upstream died before anything of its answer was passed on.
     """
     link = response.link
-    if relay_whole(request, response, headers=headers, on_first_byte=on_first_byte):
+    if relay_whole(request, link, headers=headers, on_first_byte=on_first_byte):
         return Relayed(ok=True, body_bytes=link.passed_bytes)
     passing = _Passing(request, response, encode_headers(headers), on_first_byte)
     passing.begin(idle_timeout_s)
@@ -83,14 +83,13 @@ async def relay(
 
 def relay_whole(
     request: Request,
-    response: Response,
+    link: Link,
     *,
     headers: Headers = (),
     on_first_byte: Callable[[], None] | None = None,
 ) -> bool:
     """Pass on the common short answer: all of it is here, and goes out in one write. False: it is
     not one of these, and nothing has been done."""
-    link = response.link
     if link.state is not DONE or request.started or not request.framed:
         return False
     kept = link.take()

@@ -16,6 +16,7 @@ from serverlessllm.core.errors import SLLMError
 from serverlessllm.core.ids import Address
 from serverlessllm.edge.connection import Connection
 from serverlessllm.edge.limits import Sweeper
+from serverlessllm.edge.quick import Work
 from serverlessllm.edge.request import Request, RequestHeaders
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.edge.wire import Headers, join_address, split_address
@@ -56,6 +57,7 @@ class EdgeServer:
     whatever the body is, and so starts at once, and nothing is kept of the body.
     `stepped` handlers run without a task until they wait for more than an exchange with an
     upstream (`edge.steps`); one that needs a task from the start says `await in_task()`.
+    `quick` is asked first what is to be done about a whole request; None: the handler does it.
 
     The process's main should call `gc.collect(); gc.freeze()` once everything is started: the
     collector then leaves the start-up's objects alone.
@@ -71,6 +73,7 @@ class EdgeServer:
         *,
         refuses: Refuses = _never,
         stepped: bool = False,
+        quick: Callable[[Request], Work | None] | None = None,
     ) -> None:
         self.handler = handler
         self.settings = settings
@@ -79,6 +82,7 @@ class EdgeServer:
         self.answer_headers = answer_headers
         self.refuses = refuses
         self.stepped = stepped
+        self.quick = quick
         self.loop: asyncio.AbstractEventLoop
         self.stopping = False
         """Whether each answer is the last of its connection."""

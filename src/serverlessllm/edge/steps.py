@@ -11,7 +11,19 @@ from __future__ import annotations
 import asyncio
 import types
 from collections.abc import Coroutine, Generator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
+
+
+class Steps(Protocol):
+    """Whoever is run on by what it waits for."""
+
+    def step(self) -> None:
+        """What it waits for has changed."""
+        ...
+
+    def cancel(self) -> asyncio.Task[None] | None:
+        """End it early; the task that does."""
+        ...
 
 
 class Run:

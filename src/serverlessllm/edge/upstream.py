@@ -220,16 +220,28 @@ class Exchange:
         self._bodiless = bodiless
         self._link: Link | None = None
 
+    def begin(self) -> Link | None:
+        """Send the request if a connection is idle, without waiting for anything. `async with`
+        goes on from there in any case, or `finish` ends it."""
+        if not self._pool.idle:
+            return None
+        link = self._link = self._pool.idle.pop()
+        self._send(link)
+        return link
+
+    def finish(self) -> None:
+        """It is over: give its connection back, or close it."""
+        if self._link is not None:
+            self._link.finish()
+
     async def __aenter__(self) -> Response:
         pool = self._pool
-        deadline_s = None
-        if self._timeout_s is not None:
-            deadline_s = self._owner.clock.now_s() + self._timeout_s
-        link = pool.idle.pop() if pool.idle else await pool.take()
+        link = self._link
+        if link is None:
+            link = self._link = pool.idle.pop() if pool.idle else await pool.take()
+            self._send(link)
         while True:
-            self._link = link
             try:
-                link.send(self._request, deadline_s, bodiless=self._bodiless)
                 while link.state is HEAD:
                     await link.wait()
             except BaseException:
@@ -243,7 +255,14 @@ class Exchange:
             if not (link.used and link.untouched and isinstance(error, UpstreamClosed)):
                 link.abort()
                 raise error
-            link = await pool.connect()
+            link = self._link = await pool.connect()
+            self._send(link)
+
+    def _send(self, link: Link) -> None:
+        deadline_s = None
+        if self._timeout_s is not None:
+            deadline_s = self._owner.clock.now_s() + self._timeout_s
+        link.send(self._request, deadline_s, bodiless=self._bodiless)
 
     def __aexit__(
         self,
@@ -251,8 +270,7 @@ class Exchange:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> Awaitable[None]:
-        if self._link is not None:
-            self._link.finish()
+        self.finish()
         return _NOTHING
 
 

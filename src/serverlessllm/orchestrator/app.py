@@ -223,6 +223,7 @@ class Orchestrator:
             routes.answer_headers,
             refuses=guard.refuses,
             stepped=True,
+            quick=routes.quick,
         )
         # Bounded by the clients' own: refused there, a request that was taken would fail halfway.
         await self._edge.start(self._front.address, counted=False)

@@ -95,9 +95,16 @@ class Lease:
         self.scale_out = scale_out
         """A load on another agent would have cost less than this one's queue."""
 
-    def __enter__(self) -> Lease:
+    def take(self) -> Lease:
+        """From now on the request counts; `give_back` ends it. A context manager does both."""
         self._lane.leases.add(self)
         return self
+
+    def give_back(self) -> None:
+        """Safe to say twice."""
+        self._lane.leases.discard(self)
+
+    __enter__ = take
 
     def __exit__(
         self,

@@ -7,10 +7,13 @@ from collections.abc import Collection
 
 from serverlessllm.core.errors import SLLMError
 from serverlessllm.core.ids import AgentId, ModelId
+from serverlessllm.edge.link import Link
 from serverlessllm.edge.server import Request
+from serverlessllm.edge.upstream import Exchange
 from serverlessllm.openai.request import ParsedRequest
 from serverlessllm.orchestrator.rest.loading import Wishes
 from serverlessllm.orchestrator.rest.quota import Admission
+from serverlessllm.orchestrator.router import Lease
 from serverlessllm.orchestrator.timing import Timing
 
 
@@ -28,6 +31,12 @@ class Call:
     """Of the last try."""
     tries = 0
     retrying = False
+    lease: Lease | None = None
+    """On the agent that it is being sent to, while no coroutine holds it."""
+    exchange: Exchange | None = None
+    """What has been sent there."""
+    link: Link | None = None
+    """Over which connection."""
     waits_until_s = 0.0
     """The end of what it waits for a load; 0: it has not met one."""
     admission: Admission | None = None

@@ -16,9 +16,11 @@ from serverlessllm.core.agentapi import (
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import BackendDied, ModelNotReady, NoCapacity, SLLMError
 from serverlessllm.core.units import KIB
+from serverlessllm.edge.link import Link
 from serverlessllm.edge.relay import relay, relay_whole
 from serverlessllm.edge.server import Request
 from serverlessllm.edge.upstream import (
+    Exchange,
     Response,
     UpstreamBusy,
     UpstreamError,
@@ -84,17 +86,57 @@ class Inference:
         ).encode()
         self._retrying = 0
 
+    def ask(self, request: Request, parse: Parse) -> Call | None:
+        """Take a whole request, and send it to a ready agent if nothing has to be waited for:
+        `finish` is to be called at the answer's head (at once without a link), or `give_up`. None:
+        it is one for `answer`.
+
+        Raises:
+            SLLMError: `answer` will, too.
+        """
+        body = request.whole
+        if body is None or len(body) > _QUICK_BYTES:
+            return None
+        wishes = _wishes_of(request)
+        call = self._call(request, parse(body, self._limits), body, wishes)
+        self._admit(call)
+        lease = call.lease = self._lease(call)
+        if lease is not None:
+            lease.take()
+            exchange = call.exchange = self._exchange(call, lease)
+            call.link = exchange.begin()
+        return call
+
+    def finish(self, call: Call) -> bool:
+        """Pass the answer on if it is whole; else `go_on` is to be called."""
+        link, exchange, lease = call.link, call.exchange, call.lease
+        if link is None or exchange is None or lease is None:
+            return False
+        if _REFUSED in link.head or not relay_whole(call.request, link):
+            return False
+        call.status = link.status
+        call.timing.first_byte_s = self._clock.now_s()
+        self._note_usage(call, link)
+        self._note_times(call, lease)
+        exchange.finish()
+        lease.give_back()
+        self._close(call)
+        return True
+
+    def give_up(self, call: Call) -> None:
+        """Nobody wants the answer to what was asked."""
+        if call.exchange is not None and call.lease is not None:
+            call.exchange.finish()
+            call.lease.give_back()
+        self._close(call)
+
     async def answer(self, request: Request, parse: Parse) -> int:
         """Serve one request to its end; the answer's status. Its `Timing` is `request.state`.
 
         Raises:
             SLLMError: nothing was answered, or only comments were (`request.started`).
         """
-        headers = request.headers
-        wishes = headers.reading
-        if not isinstance(wishes, Wishes):
-            check_content_type(headers.get("content-type"))
-            wishes = headers.reading = read_wishes(headers)
+        wishes = _wishes_of(request)
         body = request.whole
         if body is None:
             body = await request.body()
@@ -102,6 +144,23 @@ class Inference:
             parsed = parse(body, self._limits)
         else:
             parsed = await asyncio.to_thread(parse, body, self._limits)
+        call = self._call(request, parsed, body, wishes)
+        self._admit(call)
+        return await self.go_on(call)
+
+    async def go_on(self, call: Call) -> int:
+        """Serve a request to its end, from wherever it is; as `answer`."""
+        try:
+            while True:
+                lease = call.lease or self._lease(call)
+                if await (self._wake(call) if lease is None else self._forward(call, lease)):
+                    return call.status
+                await self._before_retry(call)
+        finally:
+            self._close(call)
+
+    def _call(self, request: Request, parsed: ParsedRequest, body: bytes, wishes: Wishes) -> Call:
+        """Who asks for which model; raises when it may not, or there is none."""
         caller, names = caller_of(request), self._view.names
         model = names.get(parsed.model)
         if caller is not None:
@@ -109,21 +168,20 @@ class Inference:
             names = caller.usable(names) if model is None else names
         if model is None:
             model = on_demand_spec(parsed.model, self._settings, self._view, names).model
-        call = Call(request, parsed, model, body, wishes)
+        return Call(request, parsed, model, body, wishes)
+
+    def _admit(self, call: Call) -> None:
+        """Take it from what its key has left; raises when that is too little."""
+        caller = caller_of(call.request)
         if caller is not None and caller.usage is not None:
-            call.admission = caller.usage.admit(len(body), parsed.answer_tokens_max)
-        try:
-            while True:
-                lease = self._lease(call)
-                if await (self._wake(call) if lease is None else self._forward(call, lease)):
-                    return call.status
-                await self._before_retry(call)
-        finally:
-            self._end_retry(call)
-            if call.admission is not None:
-                # Who leaves while an agent answers has used tokens that nobody will tell of.
-                left = bool(call.timing.sent_s) and not request.connected
-                call.admission.close(answered=call.status == _OK or left)
+            call.admission = caller.usage.admit(len(call.body), call.parsed.answer_tokens_max)
+
+    def _close(self, call: Call) -> None:
+        self._end_retry(call)
+        if call.admission is not None:
+            # Who leaves while an agent answers has used tokens that nobody will tell of.
+            left = bool(call.timing.sent_s) and not call.request.connected
+            call.admission.close(answered=call.status == _OK or left)
 
     def _lease(self, call: Call) -> Lease | None:
         """The best ready agent for it, if there is one."""
@@ -163,23 +221,16 @@ class Inference:
             call.begun = None
 
     async def _forward(self, call: Call, lease: Lease) -> bool:
-        """Ask one agent; whether the client has its answer."""
-        call.timing.sent_s = self._clock.now_s()
+        """Ask one agent, if that has not been done; whether the client has its answer."""
+        exchange = call.exchange or self._exchange(call, lease)
+        call.lease = call.exchange = None
         try:
             with lease:
-                async with self._upstreams.send(
-                    lease.address, "POST", call.request.path, self._head(call), call.body
-                ) as response:
+                async with exchange as response:
                     if _REFUSED in response.link.head:
                         await self._note_refusal(call, lease, response)
                         return False
-                    call.status = response.status
-                    if call.begun is None and relay_whole(call.request, response):
-                        call.timing.first_byte_s = self._clock.now_s()
-                        self._note_usage(call, response)
-                        self._note_times(call, lease)
-                    else:
-                        await self._pass_on(call, lease, response)
+                    await self._pass_on(call, lease, response)
                     return True
         except UpstreamBusy as error:
             call.error = error
@@ -187,6 +238,12 @@ class Inference:
             return False
         except UpstreamError as error:
             return self._lost(call, lease, error)
+
+    def _exchange(self, call: Call, lease: Lease) -> Exchange:
+        call.timing.sent_s = self._clock.now_s()
+        return self._upstreams.send(
+            lease.address, "POST", call.request.path, self._head(call), call.body
+        )
 
     def _lost(self, call: Call, lease: Lease, error: SLLMError) -> bool:
         """The agent went away; whether that was in the middle of the client's answer."""
@@ -198,6 +255,7 @@ class Inference:
 
     async def _pass_on(self, call: Call, lease: Lease, response: Response) -> None:
         request, timing = call.request, call.timing
+        call.status = response.status
         self._end_retry(call)
         if request.started and response.status != _OK:
             raise await refusal(response)
@@ -217,14 +275,13 @@ class Inference:
                 request, response, error_event=_DIED_EVENT, on_first_byte=first_byte
             )
         finally:
-            self._note_usage(call, response)
+            self._note_usage(call, response.link)
         if not relayed.ok:
             self._view.failed(lease.agent)
         self._note_times(call, lease)
 
-    def _note_usage(self, call: Call, response: Response) -> None:
+    def _note_usage(self, call: Call, link: Link) -> None:
         """The answer has ended, or broken off: count its tokens."""
-        link = response.link
         used = tokens_used(link.head, link.trailers)
         if used is None:
             if call.admission is not None:
@@ -341,3 +398,13 @@ class Inference:
             call.request.id_bytes,
             more,
         )
+
+
+def _wishes_of(request: Request) -> Wishes:
+    """What its headers say, once for all requests of a connection that have the same ones."""
+    headers = request.headers
+    wishes = headers.reading
+    if not isinstance(wishes, Wishes):
+        check_content_type(headers.get("content-type"))
+        wishes = headers.reading = read_wishes(headers)
+    return wishes

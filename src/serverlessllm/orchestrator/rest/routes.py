@@ -17,6 +17,7 @@ from serverlessllm.core.errors import (
     Unavailable,
 )
 from serverlessllm.core.ids import Address, ModelId
+from serverlessllm.edge.quick import Work
 from serverlessllm.edge.relay import relay
 from serverlessllm.edge.server import Request
 from serverlessllm.edge.steps import in_task
@@ -26,6 +27,7 @@ from serverlessllm.openai.request import parse_chat, parse_completion, parse_emb
 from serverlessllm.openai.rerank import parse_rerank
 from serverlessllm.openai.sse import error_event
 from serverlessllm.openai.tokenize import parse_detokenize, parse_tokenize
+from serverlessllm.orchestrator.rest.call import Call
 from serverlessllm.orchestrator.rest.guard import ANY, Caller, Guard, PasswordWanted
 from serverlessllm.orchestrator.rest.idempotency import IDEMPOTENCY_HEADER, Replays
 from serverlessllm.orchestrator.rest.inference import Inference, Parse
@@ -112,33 +114,57 @@ class Routes:
         if parse is None:
             await self._other(request)
             return
-        status = _BUG
         self._running[path] += 1
+        await self.counted(request, self._answer(request, parse))
+
+    def quick(self, request: Request) -> Work | None:
+        """Answer a warm request without a coroutine; None: `handle` is to be asked."""
+        parse = _PARSERS.get(request.path)
+        if (
+            parse is None
+            or request.method != "POST"
+            or request.headers.get(IDEMPOTENCY_HEADER) is not None
+        ):
+            return None
         try:
             self._guard.check(request, Scope.INFERENCE)
-            if request.method != "POST":
-                raise MethodNotAllowed(f"{path} takes POST", allow=POST)
-            key = request.headers.get(IDEMPOTENCY_HEADER)
-            if key is None:
-                status = await self._inference.answer(request, parse)
-            else:
-                status = await self._replay(request, key, parse)
+            call = self._inference.ask(request, parse)
+        except SLLMError:
+            return None
+        if call is None:
+            return None
+        self._running[request.path] += 1
+        return _Quick(self, self._inference, call)
+
+    async def _answer(self, request: Request, parse: Parse) -> int:
+        self._guard.check(request, Scope.INFERENCE)
+        if request.method != "POST":
+            raise MethodNotAllowed(f"{request.path} takes POST", allow=POST)
+        key = request.headers.get(IDEMPOTENCY_HEADER)
+        if key is None:
+            return await self._inference.answer(request, parse)
+        return await self._replays.answer(
+            request, key, lambda request: self._inference.answer(request, parse)
+        )
+
+    async def counted(self, request: Request, answer: Awaitable[int]) -> None:
+        """The boundary of a hot request."""
+        status = _BUG
+        try:
+            status = await answer
         except SLLMError as error:
             status = error.status
             if not request.started:
                 raise
             await _end_stream(request, error)
         except asyncio.CancelledError:
-            if request.connected:
-                # A drain's grace is over: the edge tells whoever has heard nothing yet.
-                status = _DRAINING.status
-                if request.started:
-                    await _end_stream(request, _DRAINING)
-            else:
-                status = _GONE
+            status = _cancelled(request)
+            # A drain's grace is over: the edge tells whoever has heard nothing yet.
+            if request.connected and request.started:
+                await _end_stream(request, _DRAINING)
             raise
         finally:
-            self._note(path, request, status)
+            self.note(request.path, request, status)
 
     def answer_headers(self, request: Request) -> bytes:
         """The header lines of every answer: where its time went, what its key has left."""
@@ -152,7 +178,7 @@ class Routes:
         """Requests being answered, by route."""
         return dict(self._running)
 
-    def _note(self, path: str, request: Request, status: int) -> None:
+    def note(self, path: str, request: Request, status: int) -> None:
         """The one place that counts a request, however it ended; by its route's path."""
         timing = request.state
         known = timing if isinstance(timing, Timing) else None
@@ -166,11 +192,6 @@ class Routes:
         self._tallies.of(path, model).count(status, seconds, request.arrived_s, known)
         if log_level() <= logging.DEBUG:
             _log.debug("request", request=request.id, model=model, status=status, seconds=seconds)
-
-    async def _replay(self, request: Request, key: str, parse: Parse) -> int:
-        return await self._replays.answer(
-            request, key, lambda request: self._inference.answer(request, parse)
-        )
 
     async def _other(self, request: Request) -> None:
         """Everything that is not hot."""
@@ -188,10 +209,10 @@ class Routes:
             status = error.status
             raise
         except asyncio.CancelledError:
-            status = _DRAINING.status if request.connected else _GONE
+            status = _cancelled(request)
             raise
         finally:
-            self._note(route.path, request, status)
+            self.note(route.path, request, status)
 
     async def _explained(self, request: Request, route: Route | None) -> None:
         """Serve; an error is told in the words of the route's own API."""
@@ -237,6 +258,35 @@ class Routes:
                 await relay(request, response)
         except UpstreamError as error:
             raise BackendProtocolError("the management application does not answer") from error
+
+
+class _Quick:
+    """A request that is being answered without a coroutine (`edge.quick.Work`)."""
+
+    __slots__ = ("_call", "_inference", "_routes", "link")
+
+    def __init__(self, routes: Routes, inference: Inference, call: Call) -> None:
+        self._routes = routes
+        self._inference = inference
+        self._call = call
+        self.link = call.link
+
+    def go_on(self) -> Awaitable[None] | None:
+        call = self._call
+        if self._inference.finish(call):
+            self._routes.note(call.request.path, call.request, call.status)
+            return None
+        return self._routes.counted(call.request, self._inference.go_on(call))
+
+    def give_up(self) -> None:
+        request = self._call.request
+        self._inference.give_up(self._call)
+        self._routes.note(request.path, request, _cancelled(request))
+
+
+def _cancelled(request: Request) -> int:
+    """The status of a request that is served no longer."""
+    return _DRAINING.status if request.connected else _GONE
 
 
 def render(error: SLLMError) -> tuple[int, list[tuple[str, str]], bytes]:

@@ -100,6 +100,7 @@ class Worker:
             self._routes.answer_headers,
             refuses=self._guard.refuses,
             stepped=True,
+            quick=self._routes.quick,
         )
         self._gauges = RequestGauges()
         self._tls: ssl.SSLContext | None = None
