@@ -14,7 +14,7 @@ import re
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -24,7 +24,7 @@ import msgspec
 
 from serverlessllm.agent.app import Agent
 from serverlessllm.backends.registry import Backends
-from serverlessllm.config.listen import parse_listen
+from serverlessllm.config.listen import agent_address, client_address, grpc_address
 from serverlessllm.config.load import Loaded
 from serverlessllm.config.paths import cluster_token, runtime_dir
 from serverlessllm.core.clock import Clock, SystemClock
@@ -56,8 +56,8 @@ Stop = asyncio.Event
 
 async def serve(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
     """Orchestrator, ingestion and agent in this process, until `stop`."""
-    listen, agent_listen = _listen(loaded), _agent_listen(loaded)
-    _grpc_listen(loaded)
+    listen, agent_listen = client_address(loaded), agent_address(loaded)
+    grpc_address(loaded)  # refused, if it can be, before anything is started
     async with (
         _parts(loaded) as parts,
         _running(build_agent(parts, drain_accept_s=0.0), agent_listen) as (agent, _),
@@ -71,8 +71,8 @@ async def serve(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
 
 async def serve_orchestrator(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
     """The front door and ingestion; agents are other processes."""
-    listen = _listen(loaded)
-    _grpc_listen(loaded)
+    listen = client_address(loaded)
+    grpc_address(loaded)  # refused, if it can be, before anything is started
     async with _parts(loaded) as parts, _orchestrator(parts, listen) as (orchestrator, address):
         await _until(stop, address, on_ready)
         await orchestrator.drain()
@@ -80,7 +80,7 @@ async def serve_orchestrator(loaded: Loaded, stop: Stop, on_ready: OnReady) -> N
 
 async def serve_agent(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
     """One node's daemon; orchestrators find it through the metadata store."""
-    listen = _agent_listen(loaded)
+    listen = agent_address(loaded)
     async with _parts(loaded) as parts, _running(build_agent(parts), listen) as (agent, address):
         await _until(stop, address, on_ready)
         await agent.drain()
@@ -146,8 +146,8 @@ def build_orchestrator(parts: Parts, ingestion: Ingestion) -> Orchestrator:
     return Orchestrator(
         msgspec.structs.replace(
             settings.orchestrator,
-            listen=_listen(parts.loaded),
-            grpc_listen=_grpc_listen(parts.loaded),
+            listen=client_address(parts.loaded),
+            grpc_listen=grpc_address(parts.loaded),
         ),
         registry=parts.registry,
         ingestion=ingestion,
@@ -208,12 +208,12 @@ def check(loaded: Loaded) -> None:
     Raises:
         ValueError, SLLMError: what `serve` would refuse.
     """
-    _listen(loaded)
-    _grpc_listen(loaded)
-    _agent_listen(loaded)
+    client_address(loaded)
+    grpc_address(loaded)
+    agent_address(loaded)
     agent_id(loaded.settings.agent.id)
-    open_metadata(_metadata_url(loaded), loaded.settings.metadata, SystemClock())
-    url = _store_url(loaded)
+    open_metadata(loaded.metadata_url, loaded.settings.metadata, SystemClock())
+    url = loaded.store_url
     if urlsplit(url).scheme != "file":  # a folder would be made
         open_store(url, loaded.settings.store, SystemClock())
 
@@ -224,7 +224,7 @@ async def probe_store(loaded: Loaded) -> str:
     Raises:
         SLLMError: it cannot be used.
     """
-    url = _store_url(loaded)
+    url = loaded.store_url
     folder = Path(unquote(urlsplit(url).path))
     if urlsplit(url).scheme == "file" and not folder.exists():  # noqa: ASYNC240 - one stat
         return f"{url}: made on first use"
@@ -238,9 +238,9 @@ async def probe_metadata(loaded: Loaded) -> str:
     Raises:
         SLLMError: it cannot be used.
     """
-    if not _has_metadata(loaded):
+    if not loaded.has_metadata:
         return f"{loaded.paths.metadata_file}: made on first use"
-    metadata = open_metadata(_metadata_url(loaded), loaded.settings.metadata, SystemClock())
+    metadata = open_metadata(loaded.metadata_url, loaded.settings.metadata, SystemClock())
     try:
         found = await Registry(metadata, loaded.settings.metadata).snapshot()
     finally:
@@ -256,7 +256,7 @@ async def probe_metadata(loaded: Loaded) -> str:
 async def open_registry(loaded: Loaded) -> AsyncIterator[Registry]:
     """The registry, for a verb that changes it whether or not a server runs."""
     loaded.paths.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    metadata = open_metadata(_metadata_url(loaded), loaded.settings.metadata, SystemClock())
+    metadata = open_metadata(loaded.metadata_url, loaded.settings.metadata, SystemClock())
     try:
         yield Registry(metadata, loaded.settings.metadata)
     finally:
@@ -298,14 +298,14 @@ async def _parts(loaded: Loaded) -> AsyncIterator[Parts]:
     raise_descriptor_limit()
     paths.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     clock = SystemClock()
-    metadata = open_metadata(_metadata_url(loaded), settings.metadata, clock)
+    metadata = open_metadata(loaded.metadata_url, settings.metadata, clock)
     try:
         with runtime_dir(paths.runtime_dir):
             yield Parts(
                 loaded=loaded,
                 clock=clock,
                 registry=Registry(metadata, settings.metadata),
-                store=open_store(_store_url(loaded), settings.store, clock),
+                store=open_store(loaded.store_url, settings.store, clock),
                 token=cluster_token(paths.token_file),
             )
     finally:
@@ -325,14 +325,13 @@ async def _orchestrator(
             if parts.loaded.settings.orchestrator.tls_certificate is None:
                 yield running, address
                 return
-            with _reloading(running):
-                yield running, Address(address.replace("http://", "https://", 1))
+            _reload_on_hangup(running)
+            yield running, Address(address.replace("http://", "https://", 1))
     finally:
         await ingestion.close()
 
 
-@contextlib.contextmanager
-def _reloading(orchestrator: Orchestrator) -> Iterator[None]:
+def _reload_on_hangup(orchestrator: Orchestrator) -> None:
     """SIGHUP: read the certificate again, as whoever renews it asks."""
 
     def reload() -> None:
@@ -343,12 +342,9 @@ def _reloading(orchestrator: Orchestrator) -> Iterator[None]:
         else:
             _log.info("certificate reloaded")
 
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, reload)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGHUP)
+    # As long as the loop lives: whoever renews it does not know of a drain, which the signal's
+    # default would end.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 async def _until(stop: Stop, address: Address, on_ready: OnReady) -> None:
@@ -359,46 +355,3 @@ async def _until(stop: Stop, address: Address, on_ready: OnReady) -> None:
     on_ready(address)
     await stop.wait()
     _log.info("draining", hint="a second signal cuts off what runs")
-
-
-def _listen(loaded: Loaded) -> Address:
-    """Where clients are served; refused, if it can be, before anything is started."""
-    return _for_clients(loaded, loaded.settings.orchestrator.listen)
-
-
-def _grpc_listen(loaded: Loaded) -> Address | None:
-    """Where gRPC clients are served; None: nowhere. Refused as `_listen` is."""
-    listen = loaded.settings.orchestrator.grpc_listen
-    return None if listen is None else _for_clients(loaded, listen)
-
-
-def _for_clients(loaded: Loaded, listen: str) -> Address:
-    settings = loaded.settings.orchestrator
-    asks = settings.require_key
-    if asks is None:
-        # Whether there is a key in the metadata store, the orchestrator will see.
-        asks = bool(settings.api_key_sha256 or _has_metadata(loaded))
-    return parse_listen(listen, allow_remote=asks or settings.allow_public_without_key)
-
-
-def _agent_listen(loaded: Loaded) -> Address | None:
-    """None: a unix socket in the runtime directory."""
-    settings = loaded.settings
-    if settings.agent.listen is None:
-        return None
-    return parse_listen(
-        settings.agent.listen, allow_remote=settings.orchestrator.allow_public_without_key
-    )
-
-
-def _has_metadata(loaded: Loaded) -> bool:
-    """Whether the metadata store may hold something: the embedded one is made on first use."""
-    return loaded.settings.metadata_url is not None or loaded.paths.metadata_file.exists()
-
-
-def _store_url(loaded: Loaded) -> str:
-    return loaded.settings.store_url or loaded.paths.store_dir.as_uri()
-
-
-def _metadata_url(loaded: Loaded) -> str:
-    return loaded.settings.metadata_url or f"sqlite://{loaded.paths.metadata_file}"

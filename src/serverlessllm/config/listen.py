@@ -1,7 +1,8 @@
-"""Which addresses a server may listen on."""
+"""Where the servers listen, and which addresses they may."""
 
 from __future__ import annotations
 
+from serverlessllm.config.load import Loaded
 from serverlessllm.core.ids import Address, is_loopback
 
 _PORT_MAX = 65535
@@ -30,3 +31,41 @@ def parse_listen(text: str, *, allow_remote: bool = False) -> Address:
             "there may use and change everything: --allow-remote"
         )
     return Address(f"http://{f'[{bare}]' if ':' in bare else bare}:{int(port)}")
+
+
+def client_address(loaded: Loaded) -> Address:
+    """Where clients are served.
+
+    Raises:
+        ValueError: as `parse_listen` does; other machines reach it and nobody asks for a key.
+    """
+    return _front(loaded, loaded.settings.orchestrator.listen)
+
+
+def grpc_address(loaded: Loaded) -> Address | None:
+    """Where gRPC clients are served, refused as `client_address` is; None: nowhere."""
+    listen = loaded.settings.orchestrator.grpc_listen
+    return None if listen is None else _front(loaded, listen)
+
+
+def agent_address(loaded: Loaded) -> Address | None:
+    """Where orchestrators reach this agent; None: by a unix socket in the runtime directory.
+
+    Raises:
+        ValueError: as `parse_listen` does.
+    """
+    settings = loaded.settings
+    if settings.agent.listen is None:
+        return None
+    return parse_listen(
+        settings.agent.listen, allow_remote=settings.orchestrator.allow_public_without_key
+    )
+
+
+def _front(loaded: Loaded, listen: str) -> Address:
+    settings = loaded.settings.orchestrator
+    asks = settings.require_key
+    if asks is None:
+        # Whether there is a key in the metadata store, the orchestrator will see.
+        asks = bool(settings.api_key_sha256 or loaded.has_metadata)
+    return parse_listen(listen, allow_remote=asks or settings.allow_public_without_key)

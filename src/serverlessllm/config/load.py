@@ -39,6 +39,21 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     environ: Mapping[str, str]
     """The process's own; backends inherit a chosen part of it."""
 
+    @property
+    def store_url(self) -> str:
+        """Of the checkpoint store."""
+        return self.settings.store_url or self.paths.store_dir.as_uri()
+
+    @property
+    def metadata_url(self) -> str:
+        """Of the metadata store."""
+        return self.settings.metadata_url or f"sqlite://{self.paths.metadata_file}"
+
+    @property
+    def has_metadata(self) -> bool:
+        """Whether that may hold something: the embedded one is made on first use."""
+        return self.settings.metadata_url is not None or self.paths.metadata_file.exists()
+
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `sllm config check`."""
