@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
 
 import openai
 import pytest
+import trustme
 from tests.e2e.system import run
 
+from serverlessllm.cli.client import Client
 from serverlessllm.config.paths import derive
 from serverlessllm.config.settings import Settings
+from serverlessllm.core.ids import ModelId
+from serverlessllm.core.models import ModelSpec
 from serverlessllm.testing.management import register
 from serverlessllm.testing.processes import sllm
 from serverlessllm.testing.waiting import eventually_blocking
@@ -25,6 +30,36 @@ def test_sigterm_ends_it_in_good_order(data_dir, verb):
         assert running.stop() == 0
     assert "Traceback" not in running.log.read_text()
     assert not sockets.exists()
+
+
+def test_a_certificate_renewed_during_a_drain_ends_nothing(data_dir):
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    files = {name: str(data_dir / f"{name}.pem") for name in ("ca", "certificate", "key")}
+    authority.cert_pem.write_to_path(files["ca"])
+    issued.cert_chain_pems[0].write_to_path(files["certificate"])
+    issued.private_key_pem.write_to_path(files["key"])
+    trusted = openai.DefaultHttpxClient(verify=ssl.create_default_context(cafile=files["ca"]))
+    chosen = [f"--set=orchestrator.tls_{name}={files[name]}" for name in ("certificate", "key")]
+    with (
+        sllm("serve", "--port", "0", *chosen, data_dir=data_dir) as running,
+        openai.OpenAI(
+            base_url=f"{running.address}/v1", api_key="unused", timeout=60, http_client=trusted
+        ) as client,
+    ):
+        options = {"tokens": "1000", "token_s": "1"}
+        spec = ModelSpec(model=ModelId("slow"), backend="fake", options=options)
+        Client(running.address, None, files["ca"]).post("/api/models", spec, object)
+        with client.chat.completions.create(
+            model="slow", messages=[{"role": "user", "content": "Go."}], stream=True
+        ) as stream:
+            next(iter(stream))
+            os.kill(running.pid, signal.SIGTERM)
+            eventually_blocking(lambda: "draining" in running.log.read_text(), 30)
+            os.kill(running.pid, signal.SIGHUP)
+            eventually_blocking(lambda: "certificate reloaded" in running.log.read_text(), 30)
+            assert running.alive
+        assert running.wait() == 0
 
 
 def test_a_second_ctrl_c_does_not_wait_for_answers(data_dir):
