@@ -18,6 +18,7 @@ from serverlessllm.edge.server import EdgeServer, Request
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.edge.tls import load_certificate, server_tls
 from serverlessllm.openai.errors import render_error
+from serverlessllm.testing.waiting import eventually
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -115,9 +116,7 @@ async def test_an_early_refusal_is_read_though_the_body_is_not(authority, files)
     ):
         head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99999\r\n\r\n"
         assert b" 413 " in await say(head + b"x" * 5000, b"\r\n\r\n")
-        async with asyncio.timeout(5):
-            while edge.connections:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: not edge.connections)
 
 
 async def test_a_client_that_leaves_cancels_its_handler(authority, files):

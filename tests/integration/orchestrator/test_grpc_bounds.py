@@ -24,6 +24,7 @@ from serverlessllm.orchestrator.grpc.proto import open_inference_pb2 as triton
 from serverlessllm.orchestrator.grpc.proto import serverlessllm_pb2 as pb
 from serverlessllm.orchestrator.grpc.proto.pool import POOL
 from serverlessllm.testing.rpc import OPENAI, TRITON, Rpc, connected, heard, read, read_all, target
+from serverlessllm.testing.waiting import eventually
 
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -231,14 +232,16 @@ async def test_a_client_that_does_not_read_loses_its_place(served):
     streamed = json.dumps({**CHAT, "stream": True})
     # A window that does not grow by itself.
     async with (
-        connected(c.front.grpc_address, **{"http2.bdp_probe": 0}) as deaf,
+        connected(c.front.grpc_address, (), **{"http2.bdp_probe": 0}) as deaf,
         connected(c.front.grpc_address) as good,
     ):
         unread = deaf.open(OPENAI, "ChatCompletions", [pb.InferenceRequest(json=streamed)])
         await c.until(lambda: c.agents[0].cancelled == 1, 30)
-        async with asyncio.timeout(30):
-            while (await good.openai("ListModels", {})).code is not grpc.StatusCode.OK:
-                await asyncio.sleep(0.05)
+
+        async def served_again() -> bool:
+            return (await good.openai("ListModels", {})).code is grpc.StatusCode.OK
+
+        await eventually(served_again, 30)
         rest = await read_all(unread)
         assert len(rest) < 30
         assert await unread.code() is grpc.StatusCode.DEADLINE_EXCEEDED

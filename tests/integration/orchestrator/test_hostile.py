@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.integration.orchestrator.conftest import _running, beating
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.testing.hostile_http import ALIVE, CASES, GOOD, SLOW, Case
+from serverlessllm.testing.waiting import eventually_blocking
 
 SOON_S = 10.0
 PACE_S = 0.02
@@ -234,24 +235,17 @@ def test_a_hostile_client_gets_what_it_may_and_no_more(served: Served, case: Cas
 
 
 def test_nothing_of_them_stays(served: Served) -> None:
-    eventually_now(lambda: served.connections() == 0)
+    eventually_blocking(lambda: served.connections() == 0, SOON_S)
     assert play(served.where, GOOD[0])  # whatever is kept for the next request is there
     tasks, descriptors = served.tasks(), descriptors_open()
     for case in CASES:
         if case not in SLOW:
             play(served.where, case)
-    eventually_now(lambda: served.connections() == 0)
-    eventually_now(lambda: served.tasks() <= tasks + KEPT)
-    eventually_now(lambda: descriptors_open() <= descriptors + KEPT)
+    eventually_blocking(lambda: served.connections() == 0, SOON_S)
+    eventually_blocking(lambda: served.tasks() <= tasks + KEPT, SOON_S)
+    eventually_blocking(lambda: descriptors_open() <= descriptors + KEPT, SOON_S)
     assert served.complaints == []
 
 
 def descriptors_open() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def eventually_now(holds: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + SOON_S
-    while not holds():
-        assert time.monotonic() < deadline_s
-        time.sleep(PACE_S)

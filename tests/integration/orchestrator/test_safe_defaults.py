@@ -69,7 +69,8 @@ async def test_it_is_not_served_to_others_without_a_key(cluster, fields):
 async def test_it_is_served_to_others_when_that_was_said(cluster, fields):
     c = await cluster(agents=0, **fields)
     other = c.another(fields)
-    await other.start(Address("http://0.0.0.0:0"))
+    address = await other.start(Address("http://0.0.0.0:0"))
+    assert address.startswith("http://0.0.0.0:")
     await other.close()
 
 
@@ -77,7 +78,8 @@ async def test_a_key_that_was_made_is_enough_to_serve_others(cluster):
     c = await cluster(agents=0)
     await c.registry.create_api_key(NewApiKey(name="one"))
     other = c.another({})
-    await other.start(Address("http://0.0.0.0:0"))
+    address = await other.start(Address("http://0.0.0.0:0"))
+    assert address.startswith("http://0.0.0.0:")
     await other.close()
 
 
