@@ -6,9 +6,10 @@ import json
 import os
 import sys
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # prices come with the package: fetch none
+# Read as it is imported: prices come with the package, fetch none.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
-import litellm  # noqa: E402 - it reads that as it is imported
+import litellm
 
 url, key = sys.argv[1:]
 CHAT = [{"role": "user", "content": "What is 2+2?"}]
