@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from typing import Any
 
 from serverlessllm.core.agentapi import (
     KEEP_ALIVE_HEADER,
@@ -34,19 +33,16 @@ from serverlessllm.orchestrator.agents import refusal
 from serverlessllm.orchestrator.coldstart import Waiter, WaitingRoom
 from serverlessllm.orchestrator.loads import note_schedule_error, on_demand_spec
 from serverlessllm.orchestrator.rest.call import Call
+from serverlessllm.orchestrator.rest.cold import ColdStarts
 from serverlessllm.orchestrator.rest.guard import caller_of
 from serverlessllm.orchestrator.rest.loading import (
-    Narrator,
-    StillLoading,
     Wishes,
     read_wishes,
-    wait_budget_s,
 )
 from serverlessllm.orchestrator.rest.quota import tokens_used
 from serverlessllm.orchestrator.router import Lease, Router
 from serverlessllm.orchestrator.settings import OrchestratorSettings
-from serverlessllm.orchestrator.view import ClusterView, ready_agents
-from serverlessllm.orchestrator.waits import settled
+from serverlessllm.orchestrator.view import ClusterView
 from serverlessllm.telemetry.table import REQUEST_RETRIES
 
 Parse = Callable[[bytes, RequestLimits], ParsedRequest]
@@ -81,6 +77,7 @@ class Inference:
         self._room = room
         self._upstreams = upstreams
         self._clock = clock
+        self._cold = ColdStarts(settings, view=view, router=router, room=room, clock=clock)
         self._fixed_head = (
             f"content-type: application/json\r\n{TOKEN_HEADER}: {token}\r\n{MODEL_HEADER}: "
         ).encode()
@@ -195,7 +192,8 @@ class Inference:
 
     async def _wake(self, call: Call) -> bool:
         """No agent is ready: have one load the model, then as `_forward`."""
-        lease, waiter = await self._lease_cold(call)
+        self._end_retry(call)
+        lease, waiter = await self._cold.lease(call)
         if waiter.incomplete:
             return await self._forward_early(call, lease, waiter)
         return await self._forward(call, lease)
@@ -213,7 +211,7 @@ class Inference:
 
         answer = asyncio.ensure_future(forward())
         try:
-            await self._wait(call, waiter, begun)
+            await self._cold.wait(call, waiter, begun)
             return await answer
         finally:
             answer.cancel()
@@ -331,60 +329,6 @@ class Inference:
         if call.retrying:
             call.retrying = False
             self._retrying -= 1
-
-    async def _lease_cold(self, call: Call) -> tuple[Lease, Waiter]:
-        """Wait for a load of the model; a lease on the agent that has it then, and the load, whose
-        bytes may still move."""
-        began_s = self._clock.now_s()
-        elsewhere = bool(call.refused)
-        if elsewhere and not self._can_scale_out(call):
-            raise call.error or NoCapacity()
-        self._end_retry(call)
-        with self._room.enter(call.model, elsewhere=elsewhere) as waiter:
-            await self._wait(call, waiter, waiter.done)
-        loaded = waiter.loaded()
-        call.timing.loaded = loaded
-        call.timing.waited_s += self._clock.now_s() - began_s
-        lease = self._router.lease_on(loaded.agent, call.model, loaded.predicted_s)
-        if lease is None:
-            raise NoCapacity(f"the agent that loaded {call.model} has gone", retry_after_s=1.0)
-        return lease, waiter
-
-    async def _wait(self, call: Call, waiter: Waiter, done: asyncio.Future[Any]) -> None:
-        """Until `done`, telling a streaming client how far the load is. What is whole and ready
-        is waited for without a budget.
-
-        Raises:
-            StillLoading: the client's budget is over. The load goes on.
-        """
-        request, settings, stream = call.request, self._settings, call.parsed.stream
-        if not call.waits_until_s:
-            budget_s = wait_budget_s(call.wishes, settings, stream=stream)
-            call.waits_until_s = self._clock.now_s() + budget_s
-        narrator = Narrator(call.wishes, request.path, request.id, call.parsed.model)
-        pause_s = settings.wait_budget_s_max
-        if stream:
-            pause_s = settings.comment_interval_s if request.started else settings.stream_grace_s
-        while stream or waiter.incomplete:
-            left_s = call.waits_until_s - self._clock.now_s() if waiter.incomplete else pause_s
-            if await settled(self._clock, done, min(pause_s, left_s)):
-                return
-            if waiter.incomplete and self._clock.now_s() >= call.waits_until_s:
-                waiter.promise()
-                raise StillLoading(call.model, waiter.progress)
-            if stream:
-                if not request.started:
-                    request.start(_OK, EVENT_STREAM_HEADERS)
-                await request.write(narrator.tell(waiter.progress))
-                pause_s = settings.comment_interval_s
-
-    def _can_scale_out(self, call: Call) -> bool:
-        """Whether an agent that has not refused could load the model too."""
-        record = self._view.models.get(call.model)
-        if record is None:
-            return False
-        avoid = {*ready_agents(self._view, call.model), *call.avoid}
-        return self._router.place(record, avoid) is not None
 
     def _head(self, call: Call) -> bytes:
         """The header lines for the agent."""

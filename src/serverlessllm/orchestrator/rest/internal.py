@@ -19,14 +19,25 @@ _numbers = itertools.count(1)
 
 
 class _Server(uvicorn.Server):
-    """Leaves the process's signals alone, and says when it listens."""
+    """Leaves the process's signals alone, says when it listens, and waits where the library's looks
+    ten times a second whether it should end."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._ending = asyncio.Event()
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()
+
+    def end(self) -> None:
+        """Close; `serve` returns then."""
+        self.should_exit = True
+        self._ending.set()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self._ending.wait()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -45,6 +56,7 @@ class InternalServer:
                 uds=str(self._path),
                 lifespan="off",
                 access_log=False,
+                date_header=False,
                 log_config=None,
                 log_level="warning",
                 timeout_graceful_shutdown=1,
@@ -67,7 +79,7 @@ class InternalServer:
     async def close(self) -> None:
         """Idempotent."""
         if self._task is not None:
-            self._server.should_exit = True
+            self._server.end()
             await self._task
             self._task = None
         self._path.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""A request whose model is ready nowhere: it waits for a load, and its client is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from serverlessllm.core.clock import Clock
+from serverlessllm.core.errors import NoCapacity
+from serverlessllm.openai.sse import EVENT_STREAM_HEADERS
+from serverlessllm.orchestrator.coldstart import Waiter, WaitingRoom
+from serverlessllm.orchestrator.rest.call import Call
+from serverlessllm.orchestrator.rest.loading import Narrator, StillLoading, wait_budget_s
+from serverlessllm.orchestrator.router import Lease, Router
+from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.orchestrator.view import ClusterView, ready_agents
+from serverlessllm.orchestrator.waits import settled
+
+_OK = 200
+
+
+class ColdStarts:
+    """What a request does in the waiting room."""
+
+    def __init__(
+        self,
+        settings: OrchestratorSettings,
+        *,
+        view: ClusterView,
+        router: Router,
+        room: WaitingRoom,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._view = view
+        self._router = router
+        self._room = room
+        self._clock = clock
+
+    async def lease(self, call: Call) -> tuple[Lease, Waiter]:
+        """Wait for a load of the model; a lease on the agent that has it then, and the load, whose
+        bytes may still move."""
+        began_s = self._clock.now_s()
+        elsewhere = bool(call.refused)
+        if elsewhere and not self._can_scale_out(call):
+            raise call.error or NoCapacity()
+        with self._room.enter(call.model, elsewhere=elsewhere) as waiter:
+            await self.wait(call, waiter, waiter.done)
+        loaded = waiter.loaded()
+        call.timing.loaded = loaded
+        call.timing.waited_s += self._clock.now_s() - began_s
+        lease = self._router.lease_on(loaded.agent, call.model, loaded.predicted_s)
+        if lease is None:
+            raise NoCapacity(f"the agent that loaded {call.model} has gone", retry_after_s=1.0)
+        return lease, waiter
+
+    async def wait(self, call: Call, waiter: Waiter, done: asyncio.Future[Any]) -> None:
+        """Until `done`, telling a streaming client how far the load is. What is whole and ready
+        is waited for without a budget.
+
+        Raises:
+            StillLoading: the client's budget is over. The load goes on.
+        """
+        request, settings, stream = call.request, self._settings, call.parsed.stream
+        if not call.waits_until_s:
+            budget_s = wait_budget_s(call.wishes, settings, stream=stream)
+            call.waits_until_s = self._clock.now_s() + budget_s
+        narrator = Narrator(call.wishes, request.path, request.id, call.parsed.model)
+        pause_s = settings.wait_budget_s_max
+        if stream:
+            pause_s = settings.comment_interval_s if request.started else settings.stream_grace_s
+        while stream or waiter.incomplete:
+            left_s = call.waits_until_s - self._clock.now_s() if waiter.incomplete else pause_s
+            if await settled(self._clock, done, min(pause_s, left_s)):
+                return
+            if waiter.incomplete and self._clock.now_s() >= call.waits_until_s:
+                waiter.promise()
+                raise StillLoading(call.model, waiter.progress)
+            if stream:
+                if not request.started:
+                    request.start(_OK, EVENT_STREAM_HEADERS)
+                await request.write(narrator.tell(waiter.progress))
+                pause_s = settings.comment_interval_s
+
+    def _can_scale_out(self, call: Call) -> bool:
+        """Whether an agent that has not refused could load the model too."""
+        record = self._view.models.get(call.model)
+        if record is None:
+            return False
+        avoid = {*ready_agents(self._view, call.model), *call.avoid}
+        return self._router.place(record, avoid) is not None
