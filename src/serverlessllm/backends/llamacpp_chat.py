@@ -27,7 +27,7 @@ from serverlessllm.backends.llamacpp_wire import (
     spells,
     usage_fields,
 )
-from serverlessllm.backends.tools import ToolFields, calls_schema, offered
+from serverlessllm.backends.tools import ToolFields, calls_schema, toolset_of
 from serverlessllm.core.errors import InvalidRequest
 from serverlessllm.openai.request.tools import JSONAnswer, ResponseFormat, SchemaAnswer
 
@@ -158,7 +158,7 @@ class RenderedChat:
     def __init__(self, ask: ChatAsk, body: bytes) -> None:
         """Raises `InvalidRequest` for tools that no engine here can call."""
         self._ask = ask
-        self._offer = offered(ask)
+        self._toolset = toolset_of(ask)
         self._fields = _fields.decode(body)
         self._finders: dict[int, Calls] = {}
         self._usage = Usage()
@@ -181,7 +181,7 @@ class RenderedChat:
     async def _asked(self, engine: Engine) -> bytes:
         """The completion to be asked for."""
         ask, fields = self._ask, self._fields
-        if not self._offer.tools:
+        if not self._toolset.tools:
             fields = {name: value for name, value in fields.items() if name not in _TOOLS}
         prompt = await render(engine, _encoder.encode(fields))
         asked: dict[str, object] = {
@@ -194,8 +194,8 @@ class RenderedChat:
         if ask.logprobs:
             asked["logprobs"] = max(1, ask.top_logprobs or 0)
         schema = ask.schema
-        if self._offer.forced:
-            schema = calls_schema(self._offer.tools, several=self._offer.several)
+        if self._toolset.forced:
+            schema = calls_schema(self._toolset.tools, several=self._toolset.several)
         if schema is not None and await spells(engine):
             asked["json_schema"] = schema
         elif schema is not None:
@@ -218,7 +218,7 @@ class RenderedChat:
         finder = self._finders.get(choice.index)
         opens = finder is None
         if finder is None:
-            finder = Calls(self._offer.names, listed_only=self._offer.forced)
+            finder = Calls(self._toolset.names, listed_only=self._toolset.forced)
             self._finders[choice.index] = finder
         ended = choice.finish_reason is not None
         deltas = finder.push(choice.text, whole=ended)

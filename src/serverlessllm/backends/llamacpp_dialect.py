@@ -29,7 +29,7 @@ from serverlessllm.backends.llamacpp_requests import Continued, takeable, withou
 from serverlessllm.backends.llamacpp_text import TOKENS_MAX, TextAsk, Texts
 from serverlessllm.backends.llamacpp_tokens import detokenized, ranked, tokenized
 from serverlessllm.backends.llamacpp_wire import COMPLETIONS, spells
-from serverlessllm.backends.tools import offered
+from serverlessllm.backends.tools import toolset_of
 from serverlessllm.openai.request.tools import TextAnswer
 from serverlessllm.openai.rerank import RerankRequest
 from serverlessllm.openai.tokenize import DetokenizeRequest, TokenizeRequest
@@ -86,13 +86,13 @@ class LlamaDialect:
         check_text_only(body)
         body = takeable(body)
         ask = decode(body, ChatAsk)
-        offer = offered(ask)
-        if ask.tools and not offer.tools:
+        toolset = toolset_of(ask)
+        if ask.tools and not toolset.tools:
             body = without_tools(body)
-        if offer.forced:
+        if toolset.forced:
             return RenderedChat(ask, body)
         constrained = not isinstance(ask.response_format, TextAnswer | None)
-        if offer.tools or constrained:
+        if toolset.tools or constrained:
             if self._spells is False:
                 return RenderedChat(ask, body)
             if self._spells is None:

@@ -76,7 +76,7 @@ class ToolFields(msgspec.Struct, frozen=True, kw_only=True):
     function_call: Raw = NULL
 
 
-class Offer(msgspec.Struct, frozen=True, kw_only=True):
+class Toolset(msgspec.Struct, frozen=True, kw_only=True):
     """What a chat's answer may call."""
 
     tools: tuple[FunctionTool, ...] = ()
@@ -99,7 +99,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
         return told
 
 
-def offered(fields: ToolFields) -> Offer:
+def toolset_of(fields: ToolFields) -> Toolset:
     """The tools that the request's choice leaves.
 
     Raises:
@@ -116,9 +116,9 @@ def offered(fields: ToolFields) -> Offer:
         tools.append(tool)
     choice, several = fields.tool_choice, fields.parallel_tool_calls is True
     if choice == "none":
-        return Offer()
+        return Toolset()
     if choice is None or choice == "auto":
-        return Offer(tools=tuple(tools))
+        return Toolset(tools=tuple(tools))
     forced = choice == "required"
     if isinstance(choice, AllowedChoice):
         names = {one.function.name for one in choice.allowed_tools.tools if _is_function(one)}
@@ -129,7 +129,7 @@ def offered(fields: ToolFields) -> Offer:
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
     if forced and not tools:
         raise InvalidRequest("tool_choice: it names none of the tools", param="tool_choice")
-    return Offer(tools=tuple(tools), forced=forced, several=several)
+    return Toolset(tools=tuple(tools), forced=forced, several=several)
 
 
 def _is_function(choice: FunctionChoice | CustomChoice) -> TypeGuard[FunctionChoice]:

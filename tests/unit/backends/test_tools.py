@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from serverlessllm.backends.tools import ToolFields, calls_schema, offered
+from serverlessllm.backends.tools import ToolFields, calls_schema, toolset_of
 from serverlessllm.core.errors import InvalidRequest
 
 
@@ -23,19 +23,19 @@ def fields(body: bytes) -> ToolFields:
 )
 def test_the_deprecated_fields_are_refused_by_name(body: bytes, param: str) -> None:
     with pytest.raises(InvalidRequest, match="use tools") as refused:
-        offered(fields(body))
+        toolset_of(fields(body))
     assert refused.value.param == param
 
 
 def test_null_is_as_good_as_nothing() -> None:
     body = b'{"tools":null,"tool_choice":null,"functions":null,"function_call":null}'
-    assert offered(fields(body)) == offered(fields(b"{}"))
+    assert toolset_of(fields(body)) == toolset_of(fields(b"{}"))
 
 
 @pytest.mark.parametrize("parameters", [b"", b',"parameters":null'])
 def test_a_function_without_parameters_is_called_without_any(parameters: bytes) -> None:
     tool = b'{"type":"function","function":{"name":"f"%b}}' % parameters
-    offer = offered(fields(b'{"tools":[%b],"tool_choice":"required"}' % tool))
-    schema = calls_schema(offer.tools, several=False)
+    toolset = toolset_of(fields(b'{"tools":[%b],"tool_choice":"required"}' % tool))
+    schema = calls_schema(toolset.tools, several=False)
     assert schema["$defs"]["tool0"]["properties"] == {}
     assert schema["$defs"]["tool0"]["additionalProperties"] is False

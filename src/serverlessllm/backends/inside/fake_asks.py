@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from serverlessllm.backends.inside.fake_words import pieces_of, token_at, value_of
-from serverlessllm.backends.tools import ToolFields, offered
+from serverlessllm.backends.tools import ToolFields, toolset_of
 from serverlessllm.core.errors import InvalidRequest
 from serverlessllm.edge.server import Request
 from serverlessllm.openai.request.tools import (
@@ -92,11 +92,11 @@ class ChatAsk(Ask, frozen=True, kw_only=True):
 
     def call(self) -> Call | None:
         """The call that the answer is: the first that it must make, or that the user names."""
-        offer = offered(ToolFields(tools=self.tools, tool_choice=self.tool_choice))
+        toolset = toolset_of(ToolFields(tools=self.tools, tool_choice=self.tool_choice))
         last = self.messages[-1]
-        for tool in offer.tools:
+        for tool in toolset.tools:
             function = tool.function
-            if offer.forced or (last.role == "user" and function.name in last.text):
+            if toolset.forced or (last.role == "user" and function.name in last.text):
                 return Call(function.name, value_of(_plain(function.parameters or {})))
         return None
 

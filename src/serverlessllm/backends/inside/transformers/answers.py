@@ -15,7 +15,7 @@ from serverlessllm.backends.inside.transformers.generation import Generation, Ge
 from serverlessllm.backends.inside.transformers.sampling import Sampling, Score
 from serverlessllm.backends.inside.transformers.text import Decoder, Stops, Text
 from serverlessllm.backends.offsets import token_offsets
-from serverlessllm.backends.tools import Offer
+from serverlessllm.backends.tools import Toolset
 
 Kind = Literal["chat", "text"]
 
@@ -53,7 +53,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """0: the prompt only."""
     echo: Echo | None = None
     constraint: Constraint | None = None
-    offer: Offer = Offer()
+    toolset: Toolset = Toolset()
     """What it may call."""
 
 
@@ -67,7 +67,7 @@ class Choice:
         self.generation: Generation
         self._decoder = Decoder(text, order.prompt)
         self._stops = Stops(stops)
-        self._calls = Calls(order.offer.names, listed_only=order.offer.forced)
+        self._calls = Calls(order.toolset.names, listed_only=order.toolset.forced)
         self._held: list[tuple[int, Score | None]] = []
         self._echo = order.echo
 

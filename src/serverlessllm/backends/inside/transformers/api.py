@@ -114,18 +114,18 @@ class Api:
 
     async def _chat(self, request: Request) -> None:
         ask = read(await request.body(), ChatAsk)
-        offer = ask.offer
+        toolset = ask.toolset
         prompt = await self._reader.chat(
             templated(ask.messages),
             generation_prompt=ask.add_generation_prompt and not ask.continue_final_message,
             continue_last=ask.continue_final_message,
-            tools=offer.told(),
+            tools=toolset.told(),
         )
         form, param = schema(ask), "response_format"
-        if offer.forced:
-            form, param = calls_schema(offer.tools, several=offer.several), "tools"
+        if toolset.forced:
+            form, param = calls_schema(toolset.tools, several=toolset.several), "tools"
         wanted = self._orders(ask, "messages", [prompt], [None], ask.answers)
-        orders = [msgspec.structs.replace(order, offer=offer) for order in wanted]
+        orders = [msgspec.structs.replace(order, toolset=toolset) for order in wanted]
         await self._answer(request, "chat", ask, await self._held_to(form, param, orders))
 
     async def _complete(self, request: Request) -> None:

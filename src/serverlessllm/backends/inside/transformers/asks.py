@@ -13,7 +13,7 @@ from msgspec import Meta, Raw
 
 from serverlessllm.backends.inside.transformers.messages import RawMessage
 from serverlessllm.backends.inside.transformers.sampling import Sampling
-from serverlessllm.backends.tools import NULL, Offer, ToolFields, offered
+from serverlessllm.backends.tools import NULL, ToolFields, Toolset, toolset_of
 from serverlessllm.core.errors import InvalidJSON, InvalidRequest
 from serverlessllm.openai.request.tools import (
     JSONAnswer,
@@ -119,7 +119,7 @@ class ChatAsk(Ask, frozen=True, kw_only=True):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def offer(self) -> Offer:
+    def toolset(self) -> Toolset:
         """What the answer may call.
 
         Raises:
@@ -132,7 +132,7 @@ class ChatAsk(Ask, frozen=True, kw_only=True):
             functions=self.functions,
             function_call=self.function_call,
         )
-        return offered(fields)
+        return toolset_of(fields)
 
 
 class CompletionAsk(Ask, frozen=True, kw_only=True):

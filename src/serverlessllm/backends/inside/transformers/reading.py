@@ -17,7 +17,7 @@ from serverlessllm.backends.inside.transformers.sampling import Score
 from serverlessllm.backends.inside.transformers.scoring import embedding, prompt_scores
 from serverlessllm.backends.inside.transformers.text import Message, Text
 from serverlessllm.backends.inside.transformers.weights import Weights
-from serverlessllm.backends.tools import ToolFields, offered
+from serverlessllm.backends.tools import ToolFields, toolset_of
 from serverlessllm.core.errors import InvalidRequest
 from serverlessllm.openai.errors import ContextTooLong
 from serverlessllm.openai.tokenize import Detokenized, DetokenizeRequest, Tokenized
@@ -145,7 +145,7 @@ class Reader:
                 templated(ask.messages or ()),
                 generation_prompt=ask.add_generation_prompt and not ask.continue_final_message,
                 continue_last=ask.continue_final_message,
-                tools=offered(ToolFields(tools=ask.tools)).told(),
+                tools=toolset_of(ToolFields(tools=ask.tools)).told(),
                 special=bool(ask.add_special_tokens),
             )
         spelled = None
