@@ -162,6 +162,7 @@ class Connection(asyncio.Protocol):
             rest = work.go_on()
         except Exception:  # noqa: BLE001 - the boundary of a request
             self._broke(request)
+            work.give_up()
         else:
             if rest is not None:
                 self._start(self._handle(request, rest))

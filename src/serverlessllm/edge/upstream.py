@@ -230,9 +230,10 @@ class Exchange:
         return link
 
     def finish(self) -> None:
-        """It is over: give its connection back, or close it."""
-        if self._link is not None:
-            self._link.finish()
+        """It is over: give its connection back, or close it. Safe to say twice."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.finish()
 
     async def __aenter__(self) -> Response:
         pool = self._pool
