@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -101,3 +103,8 @@ def typed_event(event: msgspec.Struct) -> bytes:
     """An event whose name is its struct's tag."""
     name = str(event.__struct_config__.tag).encode()
     return b"event: %b\ndata: %b\n\n" % (name, _encoder.encode(event))
+
+
+def typed_events(events: Iterable[msgspec.Struct]) -> bytes:
+    """One after the other."""
+    return b"".join(map(typed_event, events))

@@ -28,7 +28,7 @@ from serverlessllm.openai.messages.events import Assembly, Ping
 from serverlessllm.openai.messages.request import parse_count, parse_create
 from serverlessllm.openai.request import parse_chat
 from serverlessllm.openai.settings import RequestLimits
-from serverlessllm.openai.sse import typed_event
+from serverlessllm.openai.sse import typed_event, typed_events
 
 LIMITS = RequestLimits()
 EVENT: TypeAdapter[RawMessageStreamEvent] = TypeAdapter(RawMessageStreamEvent)
@@ -326,7 +326,7 @@ def test_a_chats_complaint_is_told_in_our_words(theirs, ours):
 
 def told(events):
     """Each event as it is on the wire, seen by Anthropic's types; pings are left out."""
-    frames = b"".join(map(typed_event, events)).decode().split("\n\n")[:-1]
+    frames = typed_events(events).decode().split("\n\n")[:-1]
     found = []
     for frame in frames:
         name, data = frame.split("\n")

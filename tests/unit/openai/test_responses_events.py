@@ -29,7 +29,7 @@ from serverlessllm.openai.responses.assembly import Assembly
 from serverlessllm.openai.responses.events import error_frame
 from serverlessllm.openai.responses.request import parse_create
 from serverlessllm.openai.settings import RequestLimits
-from serverlessllm.openai.sse import typed_event
+from serverlessllm.openai.sse import typed_events
 
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 USAGE = read_answer(
@@ -51,7 +51,7 @@ def call(index, *, name=None, arguments=None, call_id=None):
 
 def told(events):
     """Each event as it is on the wire, seen by OpenAI's types."""
-    frames = b"".join(map(typed_event, events)).decode().split("\n\n")[:-1]
+    frames = typed_events(events).decode().split("\n\n")[:-1]
     found = []
     for frame in frames:
         name, data = frame.split("\n")

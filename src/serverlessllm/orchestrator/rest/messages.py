@@ -28,7 +28,7 @@ from serverlessllm.openai.messages.events import Assembly, Event
 from serverlessllm.openai.messages.request import Create, parse_count, parse_create
 from serverlessllm.openai.request import check_content_type
 from serverlessllm.openai.settings import RequestLimits
-from serverlessllm.openai.sse import typed_event
+from serverlessllm.openai.sse import typed_events
 from serverlessllm.orchestrator.rest.front import Front
 from serverlessllm.orchestrator.rest.route import Route
 from serverlessllm.orchestrator.rest.translating import (
@@ -60,13 +60,13 @@ class _Story:
         self._begun = False
 
     def wait(self, loading: Loading) -> bytes:
-        return _told(self._assembly.wait(loading))
+        return typed_events(self._assembly.wait(loading))
 
     def take(self, choice: Choice) -> bytes:
-        return _told(self._begin() + self._assembly.take(choice))
+        return typed_events(self._begin() + self._assembly.take(choice))
 
     def end(self, usage: ChatUsage | None) -> bytes:
-        return _told(self._begin() + self._assembly.end(usage))
+        return typed_events(self._begin() + self._assembly.end(usage))
 
     def fail(self, failure: Failure) -> bytes:
         return error_frame(to_own_words(failure, self._chat), self._request_id)
@@ -141,7 +141,3 @@ async def _refuse(request: Request, response: Response, chat: Chat) -> None:
 def _own_id(request: Request) -> tuple[str, str]:
     """The name that this API has for `x-request-id`."""
     return "request-id", request.id
-
-
-def _told(events: list[Event]) -> bytes:
-    return b"".join(map(typed_event, events))

@@ -38,7 +38,7 @@ from serverlessllm.openai.responses.events import Event, error_frame
 from serverlessllm.openai.responses.items import Item, ItemReference
 from serverlessllm.openai.responses.request import Create, parse_create
 from serverlessllm.openai.settings import RequestLimits
-from serverlessllm.openai.sse import typed_event
+from serverlessllm.openai.sse import typed_events
 from serverlessllm.orchestrator.rest.front import Front
 from serverlessllm.orchestrator.rest.kept import Kept, KeptItem, KeptResponses
 from serverlessllm.orchestrator.rest.route import GET, Route
@@ -101,31 +101,27 @@ class _Story:
         self._begun = False
 
     def wait(self, loading: Loading) -> bytes:
-        return self._told(self._begin() + self._assembly.wait(loading))
+        return typed_events(self._begin() + self._assembly.wait(loading))
 
     def take(self, choice: Choice) -> bytes:
-        return self._told(self._begin() + self._assembly.take(choice))
+        return typed_events(self._begin() + self._assembly.take(choice))
 
     def end(self, usage: ChatUsage | None) -> bytes:
         events = self._begin() + self._assembly.end(usage, wall_s())
         keep(self._kept, self._asked, self._assembly.response)
-        return self._told(events)
+        return typed_events(events)
 
     def fail(self, failure: Failure) -> bytes:
         failure = to_own_words(failure, self._asked.chat)
         if not self._begun:
             return error_frame(failure)
-        return self._told(self._assembly.fail(failure))
+        return typed_events(self._assembly.fail(failure))
 
     def _begin(self) -> list[Event]:
         if self._begun:
             return []
         self._begun = True
         return self._assembly.begin()
-
-    @staticmethod
-    def _told(events: list[Event]) -> bytes:
-        return b"".join(map(typed_event, events))
 
 
 class Responses:
