@@ -14,8 +14,6 @@ _WARM_LINES = (
     b"openai-processing-ms: %d\r\nserver-timing: queue;dur=0, place;dur=%.3f, "
     b"fetch;dur=0, read;dur=0, start;dur=0, ttft;dur=%.2f\r\n"
 )
-NOTHING_LINES = _WARM_LINES % (0, 0.0, 0.0)
-"""Of an answer before anything happened."""
 
 
 class Timing:
