@@ -281,7 +281,7 @@ class _Quick:
     def give_up(self) -> None:
         request = self._call.request
         self._inference.give_up(self._call)
-        self._routes.note(request.path, request, _cancelled(request))
+        self._routes.note(request.path, request, request.status or _cancelled(request))
 
 
 def _cancelled(request: Request) -> int:
