@@ -24,9 +24,9 @@ from serverlessllm.backends.waits import first
 from serverlessllm.checkpoint.index import Index
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import BackendDied, LoadFailed
+from serverlessllm.core.failures import single_error
 from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.edge.upstream import Upstreams
-from serverlessllm.loader.workers import single_error
 from serverlessllm.telemetry import log, span
 
 _log = log("agent")

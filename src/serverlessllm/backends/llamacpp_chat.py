@@ -29,6 +29,7 @@ from serverlessllm.backends.llamacpp_wire import (
 )
 from serverlessllm.backends.tools import ToolFields, calls_schema, toolset_of
 from serverlessllm.core.errors import InvalidRequest
+from serverlessllm.core.failures import single_error
 from serverlessllm.openai.request.tools import JSONAnswer, ResponseFormat, SchemaAnswer
 
 CHATS = "/v1/chat/completions"
@@ -319,14 +320,12 @@ class MendedChat:
         yield b"data: [DONE]\n\n"
 
     async def _whole(self, engine: Engine) -> dict[str, Any]:
-        try:
+        with single_error():
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self._one(engine, number), name="llamacpp-answer")
                     for number in range(self._answers)
                 ]
-        except BaseExceptionGroup as errors:  # they failed alike: the first says why
-            raise errors.exceptions[0] from None
         answers = [task.result() for task in tasks]
         usage = Usage()
         for number, answer in enumerate(answers):

@@ -30,6 +30,7 @@ from serverlessllm.backends.llamacpp_wire import (
 )
 from serverlessllm.backends.offsets import token_offsets
 from serverlessllm.core.errors import BackendProtocolError, InvalidRequest
+from serverlessllm.core.failures import single_error
 
 TOKENS_MAX = 16
 """Of an answer, where the request does not say: the API's own default."""
@@ -158,14 +159,12 @@ class Texts:
             async with self._at_once:
                 return await _joined(self._pieces(engine, number, prompt))
 
-        try:
+        with single_error():
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(one(number, prompt), name="llamacpp-prompt")
                     for number, prompt in enumerate(prompts)
                 ]
-        except BaseExceptionGroup as errors:  # they failed alike: the first says why
-            raise errors.exceptions[0] from None
         return [piece for task in tasks for piece in task.result()]
 
     async def _pieces(self, engine: Engine, number: int, prompt: Prompt) -> AsyncIterator[Piece]:

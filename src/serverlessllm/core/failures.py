@@ -1,13 +1,23 @@
-"""Errors as they are stored and sent (`JobError`), and back into the tree."""
+"""Errors on their way: one out of a group, as they are stored and sent (`JobError`), and back."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from serverlessllm.core.cluster import JobError
 from serverlessllm.core.errors import ClientError, SLLMError, Unavailable
 
 _STATUS_SERVER_MIN = 500
+
+
+@contextlib.contextmanager
+def single_error() -> Iterator[None]:
+    """The first error of a task group instead of the group: the others follow from it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
 
 
 def record_of(error: SLLMError) -> JobError:

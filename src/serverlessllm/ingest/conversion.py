@@ -13,7 +13,7 @@ from pathlib import Path
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.cluster import JobStage
 from serverlessllm.core.errors import SLLMError, Unavailable
-from serverlessllm.core.failures import error_of
+from serverlessllm.core.failures import error_of, single_error
 from serverlessllm.core.models import CheckpointRef
 from serverlessllm.ingest.errors import SourceChanged, WorkerCrashed
 from serverlessllm.ingest.leftovers import remove_folder, work_folder
@@ -139,15 +139,13 @@ class Conversion:
 
     async def _follow(self, worker: WorkerProcess, upload: Upload) -> Done:
         """Listen to the worker, and send what it has finished; until it is done."""
-        try:
+        with single_error():
             async with asyncio.TaskGroup() as group:
                 sender = group.create_task(self._send(upload))
                 done = await self._listen(worker)
                 self._ready = None
                 self._more.set()
                 await sender
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
         return done
 
     async def _listen(self, worker: WorkerProcess) -> Done:

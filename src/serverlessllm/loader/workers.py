@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from serverlessllm.core.errors import LoadFailed
+from serverlessllm.core.failures import single_error
 from serverlessllm.loader.tiers.staging import Staging
 
 P = ParamSpec("P")
@@ -86,15 +87,6 @@ async def for_each(items: Iterable[T], width: int, work: Callable[[T], Awaitable
         async with asyncio.TaskGroup() as group:
             for _ in range(width):
                 group.create_task(worker())
-
-
-@contextlib.contextmanager
-def single_error() -> Iterator[None]:
-    """The first error of a task group instead of the group: the others follow from it."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from serverlessllm.loader.workers import Threads, finish, for_each, single_error
+from serverlessllm.core.failures import single_error
+from serverlessllm.loader.workers import Threads, finish, for_each
 
 
 async def test_a_cancelled_call_is_outlasted_and_taken_back() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from serverlessllm.core.failures import single_error
 from serverlessllm.loader.plan import ChunkRange
-from serverlessllm.loader.workers import single_error
 from serverlessllm.store.checkpoints import CheckpointStore
 
 
