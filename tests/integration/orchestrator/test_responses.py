@@ -414,7 +414,7 @@ async def test_each_route_is_counted_beside_the_chat_that_it_becomes(warm):
     await client.leave()
     await warm.until(lambda: warm.agents[0].cancelled == 1)
 
-    async def counted() -> bool:
+    async def counted():
         return await count("/v1/responses", 499) == left + 1
 
     await eventually(counted)
