@@ -84,8 +84,8 @@ def create(
         print_json(view)
         return
     print(text)
-    print(f"{view.id} ({view.name}) opens {_opens(wanted)}; keep it: it is not shown again",
-          file=sys.stderr)  # fmt: skip
+    said = f"{view.id} ({view.name}) opens {_opens(wanted)}; keep it: it is not shown again"
+    print(said, file=sys.stderr)
 
 
 @app.command("list")
