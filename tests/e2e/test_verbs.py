@@ -36,6 +36,7 @@ def test_ls(server):
 
 def test_a_models_life(server):
     ok(server, "pull", "tiny")
+    ok(server, "unload", "tiny", "--to", "store")  # another test may have loaded it
     shown = json.loads(ok(server, "show", "tiny", "--json"))
     assert shown["checkpoint"]["size_bytes"] > 100_000
 
