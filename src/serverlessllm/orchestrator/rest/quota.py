@@ -140,13 +140,19 @@ class Usage:
                     f"asks for up to {wanted}",
                     retry_after_s=tokens.wait_s(reserved),
                 )
+            tokens.left -= reserved
+        if requests is not None:
+            requests.left -= 1
         self.running += 1
-        self.spend(1, reserved)
+        self._remember(1, reserved)
         return Admission(self, reserved, prompt)
 
     def spend(self, requests: int, tokens: int) -> None:
         """Take from what is left (or give back, if negative), and remember it for the others."""
         self.note_others(requests, tokens)
+        self._remember(requests, tokens)
+
+    def _remember(self, requests: int, tokens: int) -> None:
         self.spent_requests += requests
         self.spent_tokens += tokens
         self._moved[self.id] = self
