@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import socket
 import sys
 
 _PAUSE_S = 2.0
 _SETTLE_S = 8.0
 """The slow readers' streams are as long as others': only then do they do nothing but wait."""
+_SPREAD_S = 10.0
+"""They come over a while: who cuts slow clients must not meet all of them again at one moment."""
 _AT_ONCE = 64
 _BODY = json.dumps(
     {"model": "mock", "messages": [{"role": "user", "content": "x" * 2000}], "stream": True}
@@ -45,6 +48,7 @@ async def _stay(
     kind: str, port: int, head: bytes, turn: asyncio.Semaphore, here: asyncio.Semaphore
 ) -> None:
     """One client, again and again."""
+    await asyncio.sleep(random.uniform(0, _SPREAD_S))  # noqa: S311 - not a secret
     while True:
         async with turn:
             connection = socket.socket()
