@@ -48,7 +48,7 @@ async def _stay(
     kind: str, port: int, head: bytes, turn: asyncio.Semaphore, here: asyncio.Semaphore
 ) -> None:
     """One client, again and again."""
-    await asyncio.sleep(random.uniform(0, _SPREAD_S))  # noqa: S311 - not a secret
+    await asyncio.sleep(random.uniform(0, _SPREAD_S))
     while True:
         async with turn:
             connection = socket.socket()
