@@ -164,7 +164,7 @@ async def test_an_alias_reaches_its_model(cluster):
     await c.register("org/model", aliases=["short"])
     await c.warm("org/model")
     assert (await c.chat("short")).status == 200
-    assert (await c.ask("/v1/models/short")).json()["id"] == "short"
+    assert (await c.ask("/v1/models/short")).json()["id"] == "org/model"
 
 
 async def test_warm_requests_read_nothing_from_the_metadata_store(cluster):

@@ -6,10 +6,8 @@ from typing import Literal
 from urllib.parse import unquote
 
 from msgspec import UNSET
-from msgspec.structs import replace
 
 from serverlessllm.core.errors import ModelNotFound
-from serverlessllm.core.ids import ModelId
 from serverlessllm.edge.server import Request
 from serverlessllm.openai.errors import error_fields
 from serverlessllm.openai.models import ModelStatus, list_body, model_body, model_object
@@ -73,8 +71,7 @@ class Models:
             raise ModelNotFound(message, param="model")
         status = _told(status_of(model, self._view, self._room))
         one = model_object(model, self._view.models[model].created_s, status)
-        # By the name that it was asked for, as its answers have it.
-        request.respond(_OK, _JSON, model_body(replace(one, id=ModelId(name))))
+        request.respond(_OK, _JSON, model_body(one))
 
 
 def _told(status: Status) -> ModelStatus:
