@@ -81,15 +81,15 @@ class Orchestrator:
         limits: RequestLimits | None = None,
         telemetry: TelemetrySettings | None = None,
     ) -> None:
+        upstream, limits = upstream or UpstreamSettings(), limits or RequestLimits()
+        scheduler = scheduler or SchedulerSettings()
         self._settings = settings
         self._clock = clock
-        self._edge_settings = edge or EdgeSettings()
-        self._upstreams = Upstreams(upstream or UpstreamSettings(), clock)
+        self._edge_settings = self._grpc_edge_settings = edge or EdgeSettings()
+        self._upstreams = Upstreams(upstream, clock)
         self.view = ClusterView()
         self.quotas = Quotas(clock)
-        self._router = Router(
-            self.view, scheduler or SchedulerSettings(), settings.agent_silent_s, clock
-        )
+        self._router = Router(self.view, scheduler, settings.agent_silent_s, clock)
         agents = AgentClient(self._upstreams, settings, token)
         loads = Loads(
             settings,
@@ -106,7 +106,7 @@ class Orchestrator:
         )
         self._inference = Inference(
             settings,
-            limits=limits or RequestLimits(),
+            limits=limits,
             view=self.view,
             router=self._router,
             room=self._room,
@@ -133,14 +133,12 @@ class Orchestrator:
         )
         self._internal = InternalServer(management.app, run_dir)
         self._front = Front(self._upstreams, run_dir)
-        self._responses = Responses(
-            settings, limits=limits or RequestLimits(), front=self._front, clock=clock
-        )
-        self._messages = Messages(settings, limits=limits or RequestLimits(), front=self._front)
-        self._documents = Documents(limits or RequestLimits())
+        self._responses = Responses(settings, limits=limits, front=self._front, clock=clock)
+        self._messages = Messages(settings, limits=limits, front=self._front)
+        self._documents = Documents(limits)
         self._workers: Workers | None = None
         if worker_count(settings) > 1:
-            template = Start(
+            start = Start(
                 number=0,
                 listen=settings.listen,
                 listeners=(),
@@ -148,31 +146,34 @@ class Orchestrator:
                 token=token,
                 settings=settings,
                 edge=self._edge_settings,
-                upstream=upstream or UpstreamSettings(),
-                limits=limits or RequestLimits(),
-                scheduler=scheduler or SchedulerSettings(),
+                upstream=upstream,
+                limits=limits,
+                scheduler=scheduler,
                 telemetry=telemetry or TelemetrySettings(),
             )
-            self._workers = Workers(
-                settings,
-                template=template,
-                view=self.view,
-                room=self._room,
-                quotas=self.quotas,
-                clock=clock,
-            )
-            # Only workers come to this process's own edge, and they drain before it.
-            self._edge_settings = msgspec.structs.replace(self._edge_settings, drain_accept_s=0.0)
+            self._workers = self._have_workers(start)
         self._tls: ssl.SSLContext | None = None
         self._edge: EdgeServer | None = None
         self._grpc: GrpcServer | None = None
-        self._grpc_edge_settings = edge or EdgeSettings()
         self.grpc_address: Address | None = None
         """Where gRPC is served, port 0 resolved; None: nowhere."""
         self._routes: Routes | None = None
         self._background: list[asyncio.Task[None]] = []
         self._draining = False
         self._gauges = RequestGauges()
+
+    def _have_workers(self, start: Start) -> Workers:
+        """Processes that serve the public address; only they come to this one's own edge, and they
+        drain before it."""
+        self._edge_settings = msgspec.structs.replace(self._edge_settings, drain_accept_s=0.0)
+        return Workers(
+            self._settings,
+            template=start,
+            view=self.view,
+            room=self._room,
+            quotas=self.quotas,
+            clock=self._clock,
+        )
 
     async def start(self, listen: Address | None = None) -> Address:
         """Serve on `listen` (the setting's by default); the address in fact, port 0 resolved.

@@ -132,7 +132,7 @@ async def test_who_leaves_stops_the_generation(warm, streamed):
     raw = await warm.open({**ASK, "stream": streamed}, "/v1/messages")
     await warm.until(lambda: agent.running == 1)
     await raw.leave()
-    await warm.until(lambda: agent.cancelled == 1, within_s=1.0)
+    await warm.until(lambda: agent.cancelled == 1)
 
 
 async def test_a_drain_tells_those_who_hear(cluster):

@@ -271,7 +271,7 @@ async def test_who_leaves_stops_the_generation(warm, streamed):
     client = await warm.open({**ASK, "stream": streamed}, "/v1/responses")
     await warm.until(lambda: agent.running == 1)
     await client.leave()
-    await warm.until(lambda: agent.cancelled == 1, within_s=1.0)
+    await warm.until(lambda: agent.cancelled == 1)
     await warm.until(lambda: warm.front._router.in_flight == 0)
 
 
@@ -281,7 +281,7 @@ async def test_who_leaves_in_the_middle_stops_the_generation(warm):
     client = await warm.open(STREAM, "/v1/responses")
     await client.read_until(b'"delta":"one"')
     await client.leave()
-    await warm.until(lambda: agent.cancelled == 1, within_s=1.0)
+    await warm.until(lambda: agent.cancelled == 1)
     assert len(warm.front._responses.kept) == 0
 
 
