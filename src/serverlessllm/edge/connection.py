@@ -36,7 +36,7 @@ class Connection(asyncio.Protocol):
         self.lost = False
         self._settings = server.settings
         self._transport: asyncio.Transport
-        self._receiver = Receiver(self)
+        self._receiver = Receiver(self, server.settings, server.sweeper, server.clock.now_s)
         self.own_headers = server.answer_headers
         self._reading = True
         # Answering.

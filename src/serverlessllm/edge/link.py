@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-import types
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, cast
 
 import httptools
 
@@ -18,7 +17,7 @@ from serverlessllm.edge.errors import (
     UpstreamTimeout,
 )
 from serverlessllm.edge.states import Framing, LinkState
-from serverlessllm.edge.steps import Run, Steps
+from serverlessllm.edge.steps import Steps, pause, stepping
 from serverlessllm.edge.wire import LAST_CHUNK
 
 if TYPE_CHECKING:
@@ -153,17 +152,14 @@ class Link(asyncio.Protocol):
             return
         self._transport.write(request)
 
-    @types.coroutine
-    def wait(self) -> Generator[Any, None, None]:
-        """Return at the next change: the head, kept bytes, the end, death."""
-        run = Run.current
-        if run is None:
-            waiter = self._waiter = self._pool.loop.create_future()
-            yield from waiter
-        else:
+    def wait(self) -> Awaitable[None]:
+        """To be awaited: the next change, which is the head, kept bytes, the end, death."""
+        run = stepping()
+        if run is not None:
             self._run = run
-            run.waits = True
-            yield
+            return pause(run)
+        waiter = self._waiter = self._pool.loop.create_future()
+        return waiter
 
     def tell(self, run: Steps) -> None:
         """Let it be run on at the next change."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from typing import Protocol, cast
 
 import httptools
 
@@ -15,10 +16,9 @@ from serverlessllm.core.errors import (
 )
 from serverlessllm.core.units import KIB
 from serverlessllm.edge.known import KnownHead, learn
-from serverlessllm.edge.request import Request, RequestHeaders
-
-if TYPE_CHECKING:
-    from serverlessllm.edge.connection import Connection
+from serverlessllm.edge.limits import Sweeper
+from serverlessllm.edge.request import Line, Request, RequestHeaders
+from serverlessllm.edge.settings import EdgeSettings
 
 _METHODS = {name: name.decode() for name in (b"GET", b"POST", b"PUT", b"DELETE", b"HEAD")}
 _SCHEMES = (b"http", b"https")
@@ -36,6 +36,18 @@ _SLICE_BYTES = 32 * KIB
 _SHORT_BYTES = 64 * KIB
 """The handler starts when a body of this size is here; a longer one it awaits itself, so that it
 may be refused before it has come."""
+
+
+class Inbox(Line, Protocol):
+    """The connection whose requests these are."""
+
+    def enqueue(self, request: Request) -> None:
+        """A request's head has come."""
+        ...
+
+    def closing_after_last(self) -> bool:
+        """Whether the request that came last is the last that is answered."""
+        ...
 
 
 class _Refused(Exception):
@@ -71,12 +83,13 @@ class Receiver:
     """The parser's callbacks of one connection: each head becomes a request at once, its body
     follows. What cannot be a request is refused, and nothing after it is read."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        server = connection.server
-        self._settings = server.settings
-        self._sweeper = server.sweeper
-        self._now_s = server.clock.now_s
+    def __init__(
+        self, inbox: Inbox, settings: EdgeSettings, sweeper: Sweeper, now_s: Callable[[], float]
+    ) -> None:
+        self._inbox = inbox
+        self._settings = settings
+        self._sweeper = sweeper
+        self._now_s = now_s
         self._parser = httptools.HttpRequestParser(self)
         self.receiving: Request | None = None
         """Its head is here, its body is not whole."""
@@ -161,7 +174,7 @@ class Receiver:
         if spare > 0 or not 0 < length <= _SHORT_BYTES or length > self._settings.body_bytes_max:
             return False
         request = Request(
-            self._connection,
+            self._inbox,
             known.method,
             known.path,
             known.query,
@@ -180,7 +193,7 @@ class Receiver:
             if end < len(data):
                 self._body_bytes = len(data) - end
                 request.take(data[end:])
-        self._connection.enqueue(request)
+        self._inbox.enqueue(request)
         return True
 
     def _take_rest(self, data: bytes) -> None:
@@ -205,10 +218,10 @@ class Receiver:
             self.receiving.broken(error)
             return
         nothing = RequestHeaders({})
-        request = Request(self._connection, "", "", "", nothing, self._now_s(), False)
+        request = Request(self._inbox, "", "", "", nothing, self._now_s(), False)
         request.refusal = error
         request.ready = True
-        self._connection.enqueue(request)
+        self._inbox.enqueue(request)
 
     def sweep(self, now_s: float) -> None:
         """Refuse what has not come in time."""
@@ -257,7 +270,7 @@ class Receiver:
         path, query = _targets.get(url) or _split_target(url)
         method = parser.get_method()
         request = Request(
-            self._connection,
+            self._inbox,
             _METHODS.get(method) or method.decode(),
             path,
             query,
@@ -272,7 +285,7 @@ class Receiver:
         self._body_bytes = self._framing_bytes = 0
         self.since_s = self._sweeper.now_s
         request.refusal = self._refusal(request, fields, url, version)
-        self._connection.enqueue(request)
+        self._inbox.enqueue(request)
         if request.refusal is not None:
             raise _Refused(request.refusal)
 
@@ -347,7 +360,7 @@ class Receiver:
             self.refuse(cause.error)
         elif isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
             raise cause
-        elif self.receiving is None and self._connection.closing_after_last():
+        elif self.receiving is None and self._inbox.closing_after_last():
             self.deaf = True  # bytes after `Connection: close`
         else:
             self.refuse(InvalidRequest(f"the request is not HTTP: {error}"))

@@ -9,9 +9,8 @@ the handler waits for anything else it becomes an ordinary task, and nobody can 
 from __future__ import annotations
 
 import asyncio
-import types
-from collections.abc import Coroutine, Generator
-from typing import Any, ClassVar, Protocol
+from collections.abc import Awaitable, Coroutine, Generator
+from typing import Any, Final, Protocol
 
 
 class Steps(Protocol):
@@ -31,9 +30,6 @@ class Run:
 
     __slots__ = ("_coroutine", "_loop", "finished", "task", "waits")
 
-    current: ClassVar[Run | None] = None
-    """The one that is stepping now; None inside a task."""
-
     def __init__(
         self, coroutine: Coroutine[Any, None, None], loop: asyncio.AbstractEventLoop
     ) -> None:
@@ -49,8 +45,8 @@ class Run:
         """Run on until it waits; without effect once a task runs it."""
         if self.task is not None or self.finished:
             return
-        outer = Run.current
-        Run.current = self
+        outer = _now.run
+        _now.run = self
         self.waits = False
         try:
             awaited = self._coroutine.send(None)
@@ -58,7 +54,7 @@ class Run:
             self.finished = True
             return
         finally:
-            Run.current = outer
+            _now.run = outer
         if not self.waits and self.task is None:
             self.become_task(awaited)
 
@@ -103,8 +99,41 @@ class _Rest:
             return
 
 
-@types.coroutine
-def in_task() -> Generator[None, None, None]:
-    """Go on in a task: `asyncio.timeout`, task groups and the like must have one."""
-    if Run.current is not None:
+class _Now:
+    """Who is stepping."""
+
+    run: Run | None = None
+
+
+class _Pause:
+    """Awaited: the handler stands still until its next step."""
+
+    def __await__(self) -> Generator[None, None, None]:
         yield
+
+
+class _InTask:
+    def __await__(self) -> Generator[None, None, None]:
+        if _now.run is not None:
+            yield
+
+
+_now: Final = _Now()
+_pause: Final = _Pause()
+_in_task: Final = _InTask()
+
+
+def stepping() -> Run | None:
+    """The handler that is being run on without a task; None inside of one."""
+    return _now.run
+
+
+def pause(run: Run) -> Awaitable[None]:
+    """To be awaited by a handler that is stepping: whoever `run` was told to will run it on."""
+    run.waits = True
+    return _pause
+
+
+def in_task() -> Awaitable[None]:
+    """Await it to go on in a task: `asyncio.timeout`, task groups and the like must have one."""
+    return _in_task

@@ -104,7 +104,8 @@ class Lease:
         """Safe to say twice."""
         self._lane.leases.discard(self)
 
-    __enter__ = take
+    def __enter__(self) -> Lease:
+        return self.take()
 
     def __exit__(
         self,

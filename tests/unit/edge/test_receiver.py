@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serverlessllm.edge.connection import Connection
 from serverlessllm.edge.limits import Sweeper
-from serverlessllm.edge.receiver import Receiver
+from serverlessllm.edge.receiver import Inbox, Receiver
 from serverlessllm.edge.request import Request
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.testing.clock import VirtualClock
@@ -33,12 +31,10 @@ class Taken:
 
     def __init__(self, **settings: int) -> None:
         clock = VirtualClock()
-        edge_settings = EdgeSettings(**settings)
-        self.server = SimpleNamespace(
-            settings=edge_settings, clock=clock, sweeper=Sweeper(lambda _: None, 1.0, clock)
-        )
+        self.settings = EdgeSettings(**settings)
+        sweeper = Sweeper(lambda _: None, 1.0, clock)
         self.requests: list[Request] = []
-        self.receiver = Receiver(cast("Connection", self))
+        self.receiver = Receiver(cast("Inbox", self), self.settings, sweeper, clock.now_s)
 
     def enqueue(self, request: Request) -> None:
         self.requests.append(request)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import types
-from collections.abc import Generator
+from collections.abc import Awaitable
 
 import pytest
 
-from serverlessllm.edge.steps import Run, in_task
+from serverlessllm.edge.steps import Run, in_task, pause, stepping
 
 
 class Event:
@@ -17,13 +16,11 @@ class Event:
     def __init__(self) -> None:
         self.run: Run | None = None
 
-    @types.coroutine
-    def wait(self) -> Generator[None, None, None]:
-        run = Run.current
+    def wait(self) -> Awaitable[None]:
+        run = stepping()
         assert run is not None, "waited for inside a task"
         self.run = run
-        run.waits = True
-        yield
+        return pause(run)
 
     def happen(self) -> None:
         assert self.run is not None
@@ -51,7 +48,7 @@ async def test_it_goes_on_in_the_event_itself_and_needs_no_task() -> None:
     assert run.task is None
     assert [place for place, _ in seen] == [0, 1, 2]
     assert {task for _, task in seen} == {me}, "whatever runs now; nothing of its own"
-    assert Run.current is None
+    assert stepping() is None
     run.step()  # too late is no harm
     assert run.cancel() is None
 
@@ -68,7 +65,7 @@ async def test_what_else_it_waits_for_makes_it_a_task() -> None:
             await second
         seen.append(asyncio.current_task())
         await asyncio.sleep(0)
-        assert Run.current is None
+        assert stepping() is None
 
     run = Run(handler(), loop)
     run.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from typing import Final
 
 from serverlessllm.core.errors import SLLMError
 from serverlessllm.core.ids import AgentId, ModelId
@@ -16,6 +17,8 @@ from serverlessllm.orchestrator.rest.quota import Admission
 from serverlessllm.orchestrator.router import Lease
 from serverlessllm.orchestrator.timing import Timing
 
+_NOBODY: Final[frozenset[AgentId]] = frozenset()
+
 
 class Call:
     """One request from its parsing to its end."""
@@ -23,10 +26,6 @@ class Call:
     # Defaults live on the class: a call is made for every request, and most keep them.
     status = 0
     """Of the agent's answer, once it is being relayed."""
-    gone: frozenset[AgentId] = frozenset()
-    """Agents that did not answer."""
-    refused: frozenset[AgentId] = frozenset()
-    """Agents that are ready and did not take it."""
     error: SLLMError | None = None
     """Of the last try."""
     tries = 0
@@ -48,6 +47,10 @@ class Call:
     def __init__(
         self, request: Request, parsed: ParsedRequest, model: ModelId, body: bytes, wishes: Wishes
     ) -> None:
+        self.gone = _NOBODY
+        """Agents that did not answer."""
+        self.refused = _NOBODY
+        """Agents that are ready and did not take it."""
         self.request = request
         self.parsed = parsed
         self.model = model
