@@ -224,9 +224,14 @@ class Request:
 
     async def write(self, data: bytes) -> None:
         """One piece of a streamed answer; returns when the client has room for more."""
-        if data and self.method != "HEAD":
-            self.line.send(chunk(data) if self.framed else data)
+        self._send(data)
         await self.line.room()
+
+    def end(self, data: bytes) -> None:
+        """The last piece of a streamed answer, and its end."""
+        if not self.finished:
+            self._send(data)
+            self.finish()
 
     def finish(self, trailers: Headers = ()) -> None:
         """End a streamed answer cleanly; HTTP/1.0 has no place for `trailers`."""
@@ -241,6 +246,10 @@ class Request:
         """Cut the connection so that the client sees the answer is truncated."""
         self.finished = True
         self.line.cut()
+
+    def _send(self, data: bytes) -> None:
+        if data and self.method != "HEAD":
+            self.line.send(chunk(data) if self.framed else data)
 
     # What the connection and the relay use.
 

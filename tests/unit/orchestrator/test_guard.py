@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from typing import cast
 
 import pytest
 
 from serverlessllm.core.apikeys import ApiKey, Scope, digest_of
 from serverlessllm.core.errors import Forbidden, MetadataUnavailable, Unauthorized
 from serverlessllm.core.ids import Address, KeyId, ModelId
+from serverlessllm.edge.request import Line, Request, RequestHeaders
 from serverlessllm.orchestrator.rest.guard import (
     ANY,
     Guard,
@@ -24,10 +26,14 @@ from serverlessllm.testing.clock import VirtualClock
 LOOPBACK = Address("http://127.0.0.1:8000")
 
 
-class Request:
-    def __init__(self, **headers):
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.caller = None
+def asking(**headers):
+    """A request that nobody answers."""
+    fields = {
+        name.replace("_", "-").encode(): value.encode()
+        for name, value in headers.items()
+        if value is not None
+    }
+    return Request(cast("Line", None), "POST", "/v1/models", "", RequestHeaders(fields), 0.0, True)
 
 
 class Door:
@@ -57,7 +63,7 @@ class Door:
 
 
 def bearer(key):
-    return Request(authorization=f"Bearer {key}")
+    return asking(authorization=f"Bearer {key}")
 
 
 @pytest.mark.parametrize(
@@ -75,19 +81,19 @@ def bearer(key):
 def test_our_own_names_pass(host):
     headers = {} if host is None else {"host": host}
     door = Door(allowed_hosts=("my.host",))
-    door.check(Request(**headers))
-    door.check(Request(**headers))
+    door.check(asking(**headers))
+    door.check(asking(**headers))
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "", "a" * 999])
 def test_foreign_names_of_a_loopback_server_do_not(host):
     with pytest.raises(Forbidden):
-        Door().check(Request(host=host))
+        Door().check(asking(host=host))
 
 
 @pytest.mark.parametrize("listen", ["http://0.0.0.0:80", "unix:/run/x.sock"])
 def test_a_server_for_others_is_known_by_any_name(listen):
-    Door(listen, allow_public_without_key=True).check(Request(host="api.example.com"))
+    Door(listen, allow_public_without_key=True).check(asking(host="api.example.com"))
 
 
 @pytest.mark.parametrize(
@@ -100,19 +106,19 @@ def test_a_server_for_others_is_known_by_any_name(listen):
 )
 def test_a_server_for_others_asks_for_a_key_though_there_is_none(listen, settings):
     with pytest.raises(Unauthorized):
-        Door(listen, **settings).check(Request())
+        Door(listen, **settings).check(asking())
 
 
 @pytest.mark.parametrize("origin", ["null", "http://evil.example", "http://127.0.0.1:3000"])
 def test_a_page_of_another_origin_is_refused_everywhere(origin):
     for listen in (LOOPBACK, "http://0.0.0.0:80"):
         with pytest.raises(Forbidden):
-            Door(listen).check(Request(host="127.0.0.1:8000", origin=origin))
+            Door(listen).check(asking(host="127.0.0.1:8000", origin=origin))
 
 
 def test_our_own_page_passes():
     for scheme in ("http", "https"):
-        Door().check(Request(host="127.0.0.1:8000", origin=f"{scheme}://127.0.0.1:8000"))
+        Door().check(asking(host="127.0.0.1:8000", origin=f"{scheme}://127.0.0.1:8000"))
 
 
 def test_keys_of_the_configuration_open_everything():
@@ -120,27 +126,27 @@ def test_keys_of_the_configuration_open_everything():
     door = Door(api_key_sha256=digests, listed=False)
     for value in ("Bearer one", "bearer two", "Bearer  two "):
         for scope in Scope:
-            assert door.check(Request(authorization=value), scope) is not None
+            assert door.check(asking(authorization=value), scope) is not None
     bad = ("", "one", "Bearer", "Basic one", "Bearer ", f"Bearer {digests[0]}")
     for value in bad:
         with pytest.raises((Unauthorized, MetadataUnavailable)):
-            door.check(Request(authorization=value))
-    assert door.check(Request(x_api_key="one")) is not None
-    door.check(Request(), None)
+            door.check(asking(authorization=value))
+    assert door.check(asking(x_api_key="one")) is not None
+    door.check(asking(), None)
 
 
 def test_no_key_is_asked_for_until_there_is_one():
     door = Door()
-    assert door.check(Request()) is None
+    assert door.check(asking()) is None
     key = door.add("one")
     with pytest.raises(Unauthorized, match="no API key"):
-        door.check(Request())
+        door.check(asking())
     with pytest.raises(Unauthorized, match="not one of"):
         door.check(bearer("two"))
     assert door.check(bearer("one")).id == key.id
     door.view.drop_api_key(key.id)
     with pytest.raises(Unauthorized):  # once there were keys, the door stays shut
-        door.check(Request())
+        door.check(asking())
     with pytest.raises(Unauthorized):
         door.check(bearer("one"))
 
@@ -151,13 +157,13 @@ def test_while_nobody_knows_of_keys_nobody_gets_in():
         for scope in (*Scope, ANY):
             with pytest.raises(MetadataUnavailable):
                 door.check(bearer("one"), scope)
-        door.check(Request(), None)
-    assert Door(listed=False, require_key=False).check(Request()) is None
+        door.check(asking(), None)
+    assert Door(listed=False, require_key=False).check(asking()) is None
 
 
 def test_a_required_key_is_required_though_there_is_none():
     door = Door(require_key=True)
-    for request in (Request(), bearer("one")):
+    for request in (asking(), bearer("one")):
         with pytest.raises(Unauthorized):
             door.check(request)
 
@@ -226,5 +232,5 @@ def test_variants_of_one_key_do_not_fill_the_memory():
     door = Door()
     door.add("one")
     for spaces in range(1, 300):
-        door.check(Request(authorization="Bearer" + " " * spaces + "one"))
+        door.check(asking(authorization="Bearer" + " " * spaces + "one"))
     assert len(door.guard._callers) <= 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 from serverlessllm.core.clock import Clock
@@ -53,6 +54,27 @@ class ColdStarts:
         if lease is None:
             raise NoCapacity(f"the agent that loaded {call.model} has gone", retry_after_s=1.0)
         return lease, waiter
+
+    async def beside(self, call: Call, waiter: Waiter, forward: Coroutine[Any, Any, bool]) -> bool:
+        """What `forward` returns, which asks an instance that waits for bytes: until its answer
+        begins, the client is in the hands of the load."""
+        begun = call.begun = asyncio.get_running_loop().create_future()
+
+        async def answered() -> bool:
+            try:
+                return await forward
+            finally:
+                call.begin()
+
+        answer = asyncio.ensure_future(answered())
+        try:
+            await self.wait(call, waiter, begun)
+            return await answer
+        finally:
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+            forward.close()  # if it never ran
+            call.begun = None
 
     async def wait(self, call: Call, waiter: Waiter, done: asyncio.Future[Any]) -> None:
         """Until `done`, telling a streaming client how far the load is. What is whole and ready

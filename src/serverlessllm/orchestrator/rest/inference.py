@@ -30,7 +30,7 @@ from serverlessllm.openai.request import ParsedRequest, check_content_type
 from serverlessllm.openai.settings import RequestLimits
 from serverlessllm.openai.sse import EVENT_STREAM_HEADERS, error_event
 from serverlessllm.orchestrator.agents import refusal
-from serverlessllm.orchestrator.coldstart import Waiter, WaitingRoom
+from serverlessllm.orchestrator.coldstart import WaitingRoom
 from serverlessllm.orchestrator.loads import note_schedule_error, on_demand_spec
 from serverlessllm.orchestrator.rest.call import Call
 from serverlessllm.orchestrator.rest.cold import ColdStarts
@@ -195,28 +195,8 @@ class Inference:
         self._end_retry(call)
         lease, waiter = await self._cold.lease(call)
         if waiter.incomplete:
-            return await self._forward_early(call, lease, waiter)
+            return await self._cold.beside(call, waiter, self._forward(call, lease))
         return await self._forward(call, lease)
-
-    async def _forward_early(self, call: Call, lease: Lease, waiter: Waiter) -> bool:
-        """As `_forward`, to an instance that waits for bytes: until its answer begins, the client
-        is in the hands of the load."""
-        begun = call.begun = asyncio.get_running_loop().create_future()
-
-        async def forward() -> bool:
-            try:
-                return await self._forward(call, lease)
-            finally:
-                call.begin()
-
-        answer = asyncio.ensure_future(forward())
-        try:
-            await self._cold.wait(call, waiter, begun)
-            return await answer
-        finally:
-            answer.cancel()
-            await asyncio.gather(answer, return_exceptions=True)
-            call.begun = None
 
     async def _forward(self, call: Call, lease: Lease) -> bool:
         """Ask one agent, if that has not been done; whether the client has its answer."""
@@ -230,8 +210,8 @@ class Inference:
                         return False
                     await self._pass_on(call, lease, response)
                     return True
-        except UpstreamBusy as error:
-            call.error = error
+        except UpstreamBusy as busy:
+            call.error = busy
             call.refused |= {lease.agent}
             return False
         except UpstreamError as error:

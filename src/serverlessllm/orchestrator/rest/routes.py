@@ -49,7 +49,6 @@ _ASK_USER = 'Basic realm="ServerlessLLM: any name, and an API key as the passwor
 _GONE = 499
 _BUG = 500
 _DRAINING = Draining("this server is shutting down; send the request again")
-_JSON = (("content-type", "application/json"),)
 _PLAIN = "text/plain; charset=utf-8"
 _OPENAI = "/v1/"
 _ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -84,7 +83,6 @@ class Routes:
         clock: Clock,
         routes: Sequence[Route] = (),
     ) -> None:
-        self._settings = settings
         self._guard = guard
         self._inference = inference
         self._view = view
@@ -94,7 +92,7 @@ class Routes:
         self._render_metrics = metrics
         self._clock = clock
         self._replays = Replays(settings, clock)
-        counted = (route.path for route in routes if _is_counted(route))
+        counted = [route.path for route in routes if _is_counted(route)]
         self._running = dict.fromkeys((*_PARSERS, *counted), 0)
         self._tallies = Tallies()
         self._table = RouteTable(
@@ -156,12 +154,12 @@ class Routes:
             status = error.status
             if not request.started:
                 raise
-            await _end_stream(request, error)
+            request.end(error_event(error))
         except asyncio.CancelledError:
             status = _cancelled(request)
             # A drain's grace is over: the edge tells whoever has heard nothing yet.
             if request.connected and request.started:
-                await _end_stream(request, _DRAINING)
+                request.end(error_event(_DRAINING))
             raise
         finally:
             self.note(request.path, request, status)
@@ -308,17 +306,6 @@ def _is_counted(route: Route) -> bool:
 
 async def _alive(request: Request) -> None:
     _text(request, b"ok\n")
-
-
-async def _end_stream(request: Request, error: SLLMError) -> None:
-    """The last event of a stream that had only comments so far."""
-    if not request.finished:
-        await request.write(error_event(error))
-        request.finish()
-
-
-def _json(request: Request, body: bytes) -> None:
-    request.respond(_OK, _JSON, body)
 
 
 def _text(request: Request, body: bytes, content_type: str = _PLAIN) -> None:

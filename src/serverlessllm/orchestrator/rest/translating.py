@@ -127,16 +127,14 @@ async def tell(
     try:
         end = await _tell(request, response, story, bytes_max)
     except asyncio.CancelledError:
-        if request.connected and not request.finished:
-            await request.write(story.fail(failure_of(_DRAINING)))
-            request.finish()
+        if request.connected:
+            request.end(story.fail(failure_of(_DRAINING)))
         raise
     except UpstreamClosed:
         end = story.fail(failure_of(_BROKEN_OFF))
     except SLLMError as error:
         end = story.fail(failure_of(error))
-    await request.write(end)
-    request.finish()
+    request.end(end)
 
 
 async def _tell(request: Request, response: Response, story: Story, bytes_max: int) -> bytes:
