@@ -373,14 +373,16 @@ class BackendContract:
     async def test_starting_and_stopping_leaks_nothing(
         self, harness: BackendHarness, templates: Templates | None, tmp_path: Path
     ) -> None:
-        descriptors = _descriptors()
-        for _ in range(3):
+        descriptors = 0
+        for number in range(3):
             async with started(harness, tmp_path, templates) as running:
                 pid = running.process.pid
                 status, _ = await running.ask("/v1/chat/completions", _chat())
                 assert status == 200
             assert list(session_members(pid)) == []
             assert not (tmp_path / "run").exists()
+            if number == 0:
+                descriptors = _descriptors()  # a template that all tests share has begun by now
         assert _descriptors() == descriptors
 
 
