@@ -1,10 +1,11 @@
 """Compile the hot path with mypyc, in place: the same Python, without its interpreter.
 
     .venv/bin/python scripts/compile.py             unless that has been done
+    .venv/bin/python scripts/compile.py --current   only remove what other sources became
     .venv/bin/python scripts/compile.py --remove    run the sources again
 
 Each module's library lies beside its source and is imported instead of it. Without a C compiler
-nothing is compiled, and everything works as well, at a higher cost (ADR 17).
+nothing is compiled, and everything works as well, at a higher cost (docs/adr/0017).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import os
 import shutil
 import sys
 import sysconfig
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,17 +41,28 @@ MODULES = (
 def main() -> None:
     """Compile, or remove what was compiled."""
     parser = argparse.ArgumentParser(description="Compile the hot path in place.")
+    parser.add_argument("--current", action="store_true", help="remove what is out of date")
     parser.add_argument("--remove", action="store_true", help="remove what was compiled")
-    if parser.parse_args().remove:
-        remove()
-    elif not is_compiled():
-        remove()
-        if shutil.which(os.environ.get("CC", "cc")) is None:
-            say("no C compiler: the hot path runs interpreted (apt-get install gcc, then again)")
-            return
+    asked = parser.parse_args()
+    if is_compiled() and not asked.remove:
+        return
+    remove()
+    if not (asked.current or asked.remove) and can_compile():
         say(f"compiling {len(MODULES)} modules of the hot path, once")
         build()
         STAMP.write_text(fingerprint())
+
+
+def can_compile() -> bool:
+    """Whether this machine has what it takes; else says what is missing."""
+    missing = []
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        missing.append("gcc")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        missing.append("python3-dev")
+    if missing:
+        say(f"the hot path runs interpreted; to compile it: apt-get install {' '.join(missing)}")
+    return not missing
 
 
 def is_compiled() -> bool:
@@ -61,8 +72,8 @@ def is_compiled() -> bool:
 
 def fingerprint() -> str:
     """Of everything that decides what comes out."""
-    known = hashlib.sha256(f"{sys.version} {version('mypy')} {PACKAGE}".encode())
-    for source in sorted([*PACKAGE.rglob("*.py"), Path(__file__)]):
+    known = hashlib.sha256(f"{sys.version} {PACKAGE}".encode())
+    for source in sorted([*PACKAGE.rglob("*.py"), ROOT / "constraints.txt", Path(__file__)]):
         known.update(source.read_bytes())
     return known.hexdigest()
 
