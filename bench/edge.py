@@ -3,6 +3,7 @@ a user could put there.
 
     python -m bench.edge                                  everything, some 15 minutes
     python -m bench.edge --peer nginx --peer orchestrator --load "32 connections" --rounds 3
+    python -m bench.edge --rounds 0 --held 3 --peer orchestrator      beside slow clients only
     python -m bench.edge --docs                           and write it into docs/benchmarks.md
 
 All of them pass requests to one mock (C) and are asked by one load program (C), in turns; CPU is

@@ -5,8 +5,9 @@
  * POSTs the body to /v1/chat/completions over CONNECTIONS kept connections. RATE 0: closed loop,
  * each connection asks again as soon as it is answered. RATE > 0: open loop, RATE requests are due
  * each second whether or not the earlier ones are answered; a request's latency counts from when
- * it was due, so that a stalled server cannot hide (no coordinated omission). What is under way
- * at the end is finished. Prints one line of JSON.
+ * it was due, so that a stalled server cannot hide (no coordinated omission); those due while the
+ * connections are new are not timed. What is under way at the end is finished. Prints one line of
+ * JSON.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -27,6 +28,7 @@
 #define READ (1 << 16)
 #define SAMPLES_MAX (1 << 23)
 #define DRAIN_NS 20000000000ull
+#define NEW_NS 250000000ull
 
 struct conn {
     int fd;
@@ -48,7 +50,8 @@ static char *request;
 static size_t request_bytes;
 static struct sockaddr_in where;
 static uint32_t *first_us, *whole_us;
-static size_t begun, done, errors, bad_status, body_bytes;
+static uint64_t timed_ns; /* from when on a due request is timed */
+static size_t begun, done, timed, errors, bad_status, body_bytes;
 
 static uint64_t now_ns(void) {
     struct timespec t;
@@ -88,7 +91,7 @@ static void send_on(int i, uint64_t due_ns) {
 
 static void answered(int i, uint64_t at_ns) {
     struct conn *c = &conns[i];
-    if (done < SAMPLES_MAX) whole_us[done] = (uint32_t)((at_ns - c->due_ns) / 1000);
+    if (c->due_ns >= timed_ns && timed < SAMPLES_MAX) whole_us[timed++] = (uint32_t)((at_ns - c->due_ns) / 1000);
     done++;
     c->busy = 0;
     idle[idles++] = i;
@@ -98,8 +101,8 @@ static void take_body(int i, const char *data, size_t bytes, uint64_t at_ns) {
     struct conn *c = &conns[i];
     if (bytes && !c->first) {
         c->first = 1;
-        if (begun < SAMPLES_MAX) first_us[begun] = (uint32_t)((at_ns - c->due_ns) / 1000);
-        begun++;
+        if (c->due_ns >= timed_ns && begun < SAMPLES_MAX)
+            first_us[begun++] = (uint32_t)((at_ns - c->due_ns) / 1000);
     }
     body_bytes += bytes;
     if (!c->chunked) {
@@ -201,6 +204,7 @@ int main(int argc, char **argv) {
 
     uint64_t start = now_ns(), end = start + (uint64_t)(seconds * 1e9), at_ns = start, sent = 0;
     struct epoll_event events[256];
+    if (rate) timed_ns = start + NEW_NS;
     while (at_ns < end || idles < count) {
         while (idles && at_ns < end) {
             uint64_t due = rate ? start + sent * 1000000000ull / (uint64_t)rate : at_ns;
@@ -224,15 +228,13 @@ int main(int argc, char **argv) {
             at_ns = now_ns();
         }
     }
-    size_t n = done < SAMPLES_MAX ? done : SAMPLES_MAX;
-    size_t firsts = begun < SAMPLES_MAX ? begun : SAMPLES_MAX;
-    qsort(first_us, firsts, sizeof *first_us, by_value);
-    qsort(whole_us, n, sizeof *whole_us, by_value);
+    qsort(first_us, begun, sizeof *first_us, by_value);
+    qsort(whole_us, timed, sizeof *whole_us, by_value);
     printf("{\"requests\": %zu, \"seconds\": %.3f, \"errors\": %zu, \"bad_status\": %zu, "
            "\"unfinished\": %d, \"body_bytes\": %zu, \"first_p50_us\": %u, \"first_p99_us\": %u, "
            "\"p50_us\": %u, \"p99_us\": %u, \"max_us\": %u}\n",
            done, (double)(now_ns() - start) / 1e9, errors, bad_status, count - idles, body_bytes,
-           at(first_us, firsts, .5), at(first_us, firsts, .99), at(whole_us, n, .5), at(whole_us, n, .99),
-           at(whole_us, n, 1));
+           at(first_us, begun, .5), at(first_us, begun, .99), at(whole_us, timed, .5),
+           at(whole_us, timed, .99), at(whole_us, timed, 1));
     return 0;
 }

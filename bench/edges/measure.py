@@ -20,6 +20,7 @@ from bench.edges.process import (
     compile_c,
     cpu_s,
     free_port,
+    isolated,
     memory_bytes,
     process,
 )
@@ -30,6 +31,12 @@ _TRIES = 3
 _HEADERS = (f"Authorization: Bearer {KEY}",)
 _SLOW, _IDLE = 1000, 1000
 _HELD = 2000
+_SPREAD_S, _SETTLE_S = 5.0, 6.0
+"""Of slow clients: until all have come, and their streams of 256 chunks have been sent."""
+_PIECES, _PIECE_S = 3, 2.0
+"""Of good traffic, one state at a time."""
+_CALM_S = 1.5
+"""After 2,000 connections have gone."""
 _HERE = Path(__file__).parent
 
 
@@ -69,14 +76,19 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
-    """What connections that do nothing cost, and do to those that work."""
+    """What connections that do nothing cost, and do to those that work: a round."""
 
     bytes_each: float
     """Memory of one idle connection."""
+    alone_p50_us: float
     alone_p99_us: float
     """Good traffic, nobody else there."""
+    beside_p50_us: float
     beside_p99_us: float
     """The same beside idle and slow connections."""
+    elsewhere_p50_us: float
+    elsewhere_p99_us: float
+    """The same while those are another server's: what they cost the machine."""
     errors: int
 
 
@@ -117,11 +129,11 @@ class Bench:
         self._foreign_max = foreign_max
         self._stack = stack
         self._load = compile_c(_HERE / "load.c", folder)
+        self._slow = compile_c(_HERE / "slow.c", folder)
         mock = compile_c(_HERE.parent / "mock_upstream.c", folder)
         command = [str(mock), "127.0.0.1:0", str(CHUNKS), "20000"]
-        self._mock = stack.enter_context(process(command))
-        assert self._mock.stdout is not None
-        self._mock_port = int(self._mock.stdout.readline())
+        self._mock, self._mock_port = _started(stack, command)
+        self._other, self._other_port = _started(stack, command)
         for stream in (False, True):
             body = {
                 "model": "mock",
@@ -192,30 +204,48 @@ class Bench:
         )
 
     def hold(self, peer: Peer) -> Held:
-        """Its memory under idle connections, and good traffic beside slow ones."""
+        """Its memory under idle connections, and good traffic beside slow ones, with the router on
+        a core of its own. Good traffic alone is measured before, between and after."""
         started, port = self._running[peer.name]
-        good = msgspec.structs.replace(LOADS[4], seconds=4.0)
         before = memory_bytes(started.pid)
-        with self._holding(port, _HELD, 0):
+        with self._holding(port, _HELD, 0, 1.0, 1.0):
             bytes_each = (memory_bytes(started.pid) - before) / _HELD
-        alone = self._ask(peer.name, good, good.seconds)
-        with self._holding(port, _IDLE, _SLOW):
-            beside = self._ask(peer.name, good, good.seconds)
+        alone: list[_Answer] = []
+        beside: list[_Answer] = []
+        elsewhere: list[_Answer] = []
+        with isolated([started.pid], [self._mock.pid, self._other.pid]):
+            alone += self._pieces(peer)
+            with self._holding(port, _IDLE, _SLOW, _SPREAD_S, _SETTLE_S):
+                beside += self._pieces(peer)
+            alone += self._pieces(peer)
+            with self._holding(self._other_port, _IDLE, _SLOW, _SPREAD_S, _SETTLE_S):
+                elsewhere += self._pieces(peer)
+            alone += self._pieces(peer)
         return Held(
             bytes_each=bytes_each,
-            alone_p99_us=alone.p99_us,
-            beside_p99_us=beside.p99_us,
-            errors=beside.errors + beside.bad_status,
+            alone_p50_us=median(piece.p50_us for piece in alone),
+            alone_p99_us=median(piece.p99_us for piece in alone),
+            beside_p50_us=median(piece.p50_us for piece in beside),
+            beside_p99_us=median(piece.p99_us for piece in beside),
+            elsewhere_p50_us=median(piece.p50_us for piece in elsewhere),
+            elsewhere_p99_us=median(piece.p99_us for piece in elsewhere),
+            errors=sum(piece.errors + piece.bad_status for piece in beside),
         )
 
+    def _pieces(self, peer: Peer) -> list[_Answer]:
+        return [self._ask(peer.name, LOADS[4], _PIECE_S) for _ in range(_PIECES)]
+
     @contextmanager
-    def _holding(self, port: int, idle: int, slow: int) -> Iterator[None]:
-        words = [str(word) for word in (port, idle, slow)]
-        command = [sys.executable, "-m", "bench.edges.slow", *words, *_HEADERS]
+    def _holding(
+        self, port: int, idle: int, slow: int, spread_s: float, settle_s: float
+    ) -> Iterator[None]:
+        words = [str(word) for word in (idle, slow, spread_s, settle_s)]
+        command = [str(self._slow), f"127.0.0.1:{port}", *words, *_HEADERS]
         with process(command) as holder:
             assert holder.stdout is not None
             holder.stdout.readline()
             yield
+        time.sleep(_CALM_S)
 
     def _ask(self, name: str, load: Load, seconds: float) -> _Answer:
         _, port = self._running[name]
@@ -259,6 +289,13 @@ def measure(
                     one.held.append(bench.hold(peer))
         _say("held connections: done")
     return found
+
+
+def _started(stack: ExitStack, command: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """A server that says its port."""
+    server = stack.enter_context(process(command))
+    assert server.stdout is not None
+    return server, int(server.stdout.readline())
 
 
 def _children_s() -> float:

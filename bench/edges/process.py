@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -114,6 +114,29 @@ def busy_s() -> float:
     """Seconds that all cores together have worked since the machine started."""
     ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
     return (sum(ticks[:3]) + sum(ticks[5:8])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def isolated(apart: Sequence[int], together: Sequence[int]) -> Iterator[None]:
+    """While in the block, processes and all their descendants run on a core of their own, and
+    others, this one included, on another; all of them before whatever else runs there, where that
+    is allowed (to root). A machine of one core has but that."""
+    cores = os.sched_getaffinity(0)
+    try:
+        _place((os.getpid(), *together), {min(cores)}, os.SCHED_FIFO)
+        _place(apart, {max(cores)}, os.SCHED_FIFO)
+        yield
+    finally:
+        _place((os.getpid(), *together, *apart), cores, os.SCHED_OTHER)
+
+
+def _place(pids: Sequence[int], cores: set[int], policy: int) -> None:
+    priority = os.sched_param(int(policy == os.SCHED_FIFO))
+    for one in (one for pid in pids for one in family(pid)):
+        for task in Path(f"/proc/{one}/task").glob("*"):
+            with suppress(ProcessLookupError, PermissionError):
+                os.sched_setaffinity(int(task.name), cores)
+                os.sched_setscheduler(int(task.name), policy, priority)
 
 
 def memory_bytes(pid: int) -> int:
