@@ -31,10 +31,13 @@ MODULES = (
         "connection", "errors", "known", "limits", "link", "quick", "receiver", "relay",
         "request", "states", "steps", "upstream", "wire",
     )),
+    "openai/nesting.py",
+    "openai/request/read.py",
     *(f"orchestrator/{name}.py" for name in (
-        "rest/call", "rest/guard", "rest/inference", "rest/loading", "rest/quota", "rest/routes",
+        "rest/call", "rest/guard", "rest/inference", "rest/quota", "rest/routes",
         "router", "tallies", "timing",
     )),
+    "telemetry/metrics.py",
 )  # fmt: skip
 
 

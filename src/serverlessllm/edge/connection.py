@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 
@@ -18,11 +18,11 @@ from serverlessllm.edge.steps import Run, Steps
 if TYPE_CHECKING:
     from serverlessllm.edge.server import EdgeServer
 
-_log = structlog.get_logger(__name__)
+_log: Final = structlog.get_logger(__name__)
 
-_PIPELINE_FACTOR = 8
+_PIPELINE_FACTOR: Final = 8
 """One read may hold more requests than `pipeline_max` before reading can pause: how many times."""
-_PIECES_AT_ONCE = 1024
+_PIECES_AT_ONCE: Final = 1024
 """Of a client's bodies, before it is somebody else's turn."""
 
 

@@ -7,12 +7,14 @@ the parser made of one is kept for its connection; bytes that are the same but f
 
 from __future__ import annotations
 
+from typing import Final
+
 from serverlessllm.edge.request import RequestHeaders
 
-_LENGTHS = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
-_LENGTH_BYTES = len(_LENGTHS[0])
-_DIGITS_MAX = 12
-_HEAD_BYTES_MAX = 4096
+_LENGTHS: Final = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
+_LENGTH_BYTES: Final = len(_LENGTHS[0])
+_DIGITS_MAX: Final = 12
+_HEAD_BYTES_MAX: Final = 4096
 """A longer head is not kept: connections are many."""
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
 
 import structlog
 
 from serverlessllm.core.clock import Clock
 
-_log = structlog.get_logger(__name__)
+_log: Final = structlog.get_logger(__name__)
 
 
 class Sweeper:

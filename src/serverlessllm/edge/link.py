@@ -6,7 +6,7 @@ import asyncio
 import math
 import re
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import httptools
 
@@ -23,21 +23,30 @@ from serverlessllm.edge.wire import LAST_CHUNK
 if TYPE_CHECKING:
     from serverlessllm.edge.upstream import Pool
 
-_framing = re.compile(
+_framing: Final = re.compile(
     rb"\r\n(?:content-length:[ \t]*(\d+)|transfer-encoding:[ \t]*([^\r]*))", re.IGNORECASE
 )
-_event_ends = (b"\n\n", b"\r\n\r\n", b"\r\r")
-_EVENT_END = b"\n\n\r\n"
+_event_ends: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
+_EVENT_END: Final = b"\n\n\r\n"
 """Of an event that is a chunk's end, too: as most pieces of a stream end, and no trailers can."""
-_last_chunk = re.compile(rb"(?:\A|\n)0+(?:;[^\r\n]*)?\r\n((?:[!-9;-~]+:[^\r\n]*\r\n)*)\r\n\Z")
+_last_chunk: Final = re.compile(
+    rb"(?:\A|\n)0+(?:;[^\r\n]*)?\r\n((?:[!-9;-~]+:[^\r\n]*\r\n)*)\r\n\Z"
+)
 """The end of a chunked body, trailers included, and nothing after it."""
-_LAST_CHUNK_MAX = 4096
+_LAST_CHUNK_MAX: Final = 4096
 """Bytes of trailers that are looked through for it."""
 
 
 # An enum's member costs more to look up than everything else done for a chunk.
-IDLE, HEAD, BODY, DONE, DEAD = LinkState
-NONE, LENGTH, CHUNKED, CLOSE = Framing
+IDLE: Final = LinkState.IDLE
+HEAD: Final = LinkState.HEAD
+BODY: Final = LinkState.BODY
+DONE: Final = LinkState.DONE
+DEAD: Final = LinkState.DEAD
+NONE: Final = Framing.NONE
+LENGTH: Final = Framing.LENGTH
+CHUNKED: Final = Framing.CHUNKED
+CLOSE: Final = Framing.CLOSE
 
 
 def _drop(_: bytes) -> None:

@@ -8,7 +8,7 @@ anything else is left to a coroutine, with the exchange as it stands.
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from serverlessllm.edge.states import LinkState
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from serverlessllm.edge.link import Link
     from serverlessllm.edge.request import Request
 
-_HEAD = LinkState.HEAD
+_HEAD: Final = LinkState.HEAD
 
 
 class Work(Protocol):

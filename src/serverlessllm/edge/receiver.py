@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 import httptools
 
@@ -20,20 +20,20 @@ from serverlessllm.edge.limits import Sweeper
 from serverlessllm.edge.request import Line, Request, RequestHeaders
 from serverlessllm.edge.settings import EdgeSettings
 
-_METHODS = {name: name.decode() for name in (b"GET", b"POST", b"PUT", b"DELETE", b"HEAD")}
-_SCHEMES = (b"http", b"https")
-_TARGETS_MAX = 1024
+_METHODS: Final = {name: name.decode() for name in (b"GET", b"POST", b"PUT", b"DELETE", b"HEAD")}
+_SCHEMES: Final = (b"http", b"https")
+_TARGETS_MAX: Final = 1024
 """Targets remembered as their parts: clients ask for few paths, again and again."""
-_TARGET_BYTES_MAX = 256
+_TARGET_BYTES_MAX: Final = 256
 """A longer one is not remembered."""
-_targets: dict[bytes, tuple[str, str]] = {}
-_PECULIAR = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
+_targets: Final[dict[bytes, tuple[str, str]]] = {}
+_PECULIAR: Final = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
 """Fields that say more of a request's framing than its length does."""
-_SINGLE = frozenset((b"host", b"authorization", b"x-api-key"))
+_SINGLE: Final = frozenset((b"host", b"authorization", b"x-api-key"))
 """Fields that decide who is asked by whom: of two, somebody before us may have read the other."""
-_SLICE_BYTES = 32 * KIB
+_SLICE_BYTES: Final = 32 * KIB
 """What the parser gets at once: limits are looked at in between, however much one read holds."""
-_SHORT_BYTES = 64 * KIB
+_SHORT_BYTES: Final = 64 * KIB
 """The handler starts when a body of this size is here; a longer one it awaits itself, so that it
 may be refused before it has come."""
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import msgspec
-
-from serverlessllm.edge.errors import UpstreamError
 from serverlessllm.edge.link import BODY, CHUNKED, CLOSE, DONE, Link
 from serverlessllm.edge.request import Request
-from serverlessllm.edge.response import Decoder, Response
+from serverlessllm.edge.response import Decoder, Relayed, Response
 from serverlessllm.edge.wire import (
     LAST_CHUNK,
     Headers,
@@ -18,17 +15,6 @@ from serverlessllm.edge.wire import (
     encode_headers,
     forwarded_head,
 )
-
-
-class Relayed(msgspec.Struct, frozen=True):
-    """How a relay ended."""
-
-    ok: bool
-    """Whether the whole answer was passed on."""
-    body_bytes: int
-    """Bytes of the body as the upstream sent them, chunk framing included."""
-    error: UpstreamError | None = None
-    """What ended it otherwise."""
 
 
 async def relay(

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from serverlessllm.core.errors import SLLMError
 from serverlessllm.core.ids import RequestId
@@ -20,10 +20,10 @@ from serverlessllm.edge.wire import (
     status_line,
 )
 
-_safe_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-_id_prefix = f"req-{os.urandom(6).hex()}-".encode()
+_safe_id: Final = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_id_prefix: Final = f"req-{os.urandom(6).hex()}-".encode()
 """Of this process; a count makes an id unique inside it, and costs nothing."""
-_count = itertools.count(1)
+_count: Final = itertools.count(1)
 
 
 class RequestHeaders:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 
 import httptools
+import msgspec
 
 from serverlessllm.core.units import MIB
-from serverlessllm.edge.errors import UpstreamProtocolError
+from serverlessllm.edge.errors import UpstreamError, UpstreamProtocolError
 from serverlessllm.edge.link import CHUNKED, DONE, Link
 
 
@@ -43,6 +44,17 @@ class Decoder:
         parser = httptools.HttpResponseParser(self)
         parser.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
         self.feed: Callable[[bytes], None] = parser.feed_data
+
+
+class Relayed(msgspec.Struct, frozen=True):
+    """How a relay ended."""
+
+    ok: bool
+    """Whether the whole answer was passed on."""
+    body_bytes: int
+    """Bytes of the body as the upstream sent them, chunk framing included."""
+    error: UpstreamError | None = None
+    """What ended it otherwise."""
 
 
 class Response:

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Generator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.ids import Address
@@ -26,7 +26,7 @@ from serverlessllm.edge.settings import UpstreamSettings
 from serverlessllm.edge.steps import in_task
 from serverlessllm.edge.wire import encode_headers, split_address
 
-__all__ = [
+__all__: Final = [
     "Exchange",
     "Response",
     "ResponseHeaders",
@@ -40,10 +40,10 @@ __all__ = [
     "Upstreams",
 ]
 
-_METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
-_STARTS_MAX = 256
-_START_CHARS_MAX = 256
-_SILENT = "the backend is silent"
+_METHODS_WITH_BODY: Final = ("POST", "PUT", "PATCH")
+_STARTS_MAX: Final = 256
+_START_CHARS_MAX: Final = 256
+_SILENT: Final = "the backend is silent"
 
 
 class Pool:
@@ -282,7 +282,7 @@ class _Nothing:
         return iter(())  # type: ignore[return-value] # nothing is ever sent to it
 
 
-_NOTHING = _Nothing()
+_NOTHING: Final = _Nothing()
 
 
 class Upstreams:

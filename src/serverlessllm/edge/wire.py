@@ -5,20 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from http import HTTPStatus
+from typing import Final
 
 from serverlessllm.core.ids import Address
 
 Headers = bytes | Sequence[tuple[str, str]]
 """Pairs, or (the hot path) ready lines: `b"name: value\\r\\n"` each."""
 
-STATUS_LINES = {
+STATUS_LINES: Final = {
     status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus
 }
-LAST_CHUNK = b"0\r\n\r\n"
-BODILESS = frozenset((204, 304))
+LAST_CHUNK: Final = b"0\r\n\r\n"
+BODILESS: Final = frozenset((204, 304))
 """Statuses whose answers never have a body."""
 
-HOP_BY_HOP = (
+HOP_BY_HOP: Final = (
     b"connection",
     b"keep-alive",
     b"proxy-authenticate",
@@ -28,13 +29,13 @@ HOP_BY_HOP = (
     b"upgrade",
 )
 """Fields that speak of one connection only."""
-OURS = (b"x-request-id", b"server-timing", b"openai-processing-ms")
+OURS: Final = (b"x-request-id", b"server-timing", b"openai-processing-ms")
 """Fields that the proxy nearest to the client says itself."""
 
-_dropped = re.compile(
+_dropped: Final = re.compile(
     rb"\r\n(?:" + b"|".join(HOP_BY_HOP + OURS) + rb")[ \t]*:[^\r]*", re.IGNORECASE
 )
-_dropped_with_framing = re.compile(
+_dropped_with_framing: Final = re.compile(
     rb"\r\n(?:"
     + b"|".join((*HOP_BY_HOP, *OURS, b"transfer-encoding", b"content-length"))
     + rb")[ \t]*:[^\r]*",

@@ -7,17 +7,18 @@ recursed by then.
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Final
 
 from serverlessllm.core.errors import InvalidJSON
 from serverlessllm.openai.settings import RequestLimits
 
-_SHORT_BYTES = 16_384
+_SHORT_BYTES: Final = 16_384
 """Such a body is worth counting before anything else is done with it."""
-_to_brackets = bytes.maketrans(b"{}", b"[]")
-_to_steps = bytes.maketrans(b"[]", b"\x01\xff")
+_to_brackets: Final = bytes.maketrans(b"{}", b"[]")
+_to_steps: Final = bytes.maketrans(b"[]", b"\x01\xff")
 """As signed bytes: one level down, one up."""
-_plain = bytes(byte for byte in range(256) if byte not in b'[]{}"')
-_plain_beside_escapes = bytes(byte for byte in _plain if byte not in b"\\/bfnrtu")
+_plain: Final = bytes(byte for byte in range(256) if byte not in b'[]{}"')
+_plain_beside_escapes: Final = bytes(byte for byte in _plain if byte not in b"\\/bfnrtu")
 """What may follow a backslash stays: else it would seem to escape the next thing that stays."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from types import TracebackType
+from typing import Final
 
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.ids import Address, AgentId, ModelId
@@ -19,7 +20,7 @@ from serverlessllm.scheduler.choose import Candidate, Decision, choose, limit_re
 from serverlessllm.scheduler.estimate import candidate, learn, predict_ttft_s, weights
 from serverlessllm.scheduler.settings import SchedulerSettings
 
-_SUSPECT_S = 1e9
+_SUSPECT_S: Final = 1e9
 """Added to a suspect's score: behind everybody who is not one, in order among themselves."""
 
 

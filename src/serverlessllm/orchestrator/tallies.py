@@ -5,11 +5,13 @@ They belong to the event loop's thread.
 
 from __future__ import annotations
 
+from typing import Final
+
 from serverlessllm.core.ids import ModelId
 from serverlessllm.orchestrator.timing import Timing
 from serverlessllm.telemetry.table import REQUEST_SECONDS, REQUESTS, TOKENS, TTFT_SECONDS
 
-_TALLIES_MAX = 1024
+_TALLIES_MAX: Final = 1024
 
 
 class Tally:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from serverlessllm.core.agentapi import HopTiming
 from serverlessllm.core.ids import ModelId
 from serverlessllm.orchestrator.coldstart import Loaded
 
-_LINES = (
+_LINES: Final = (
     b"openai-processing-ms: %d\r\nserver-timing: queue;dur=%.2f, place;dur=%.3f, "
     b"fetch;dur=%.2f, read;dur=%.2f, start;dur=%.2f, ttft;dur=%.2f\r\n"
 )
-_WARM_LINES = (
+_WARM_LINES: Final = (
     b"openai-processing-ms: %d\r\nserver-timing: queue;dur=0, place;dur=%.3f, "
     b"fetch;dur=0, read;dur=0, start;dur=0, ttft;dur=%.2f\r\n"
 )

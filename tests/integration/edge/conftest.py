@@ -15,7 +15,8 @@ import pytest
 import uvloop
 
 from serverlessllm.core.ids import Address
-from serverlessllm.edge.relay import Relayed, relay
+from serverlessllm.edge.relay import relay
+from serverlessllm.edge.response import Relayed
 from serverlessllm.edge.server import EdgeServer, Request
 from serverlessllm.edge.settings import EdgeSettings, UpstreamSettings
 from serverlessllm.edge.upstream import Upstreams

@@ -76,3 +76,11 @@ def test_a_name_is_given_to_one_kind_of_error(name: str) -> None:
                 kind = ast.unparse(node.type)
                 known = kinds.setdefault(node.name, kind)
                 assert known == kind, f"{name}:{node.lineno}: `{node.name}` was a {known}"
+
+
+@pytest.mark.parametrize("name", script.MODULES)
+def test_structs_are_left_to_the_interpreter(name: str) -> None:
+    # The compiler drops what stands beside a class's bases: `frozen=True` would be lost.
+    for node in ast.walk(ast.parse((script.PACKAGE / name).read_text())):
+        if isinstance(node, ast.ClassDef):
+            assert not node.keywords, f"{name}:{node.lineno}: {node.name} would lose its options"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -28,13 +28,13 @@ from serverlessllm.openai.settings import RequestLimits
 
 T = TypeVar("T")
 
-_WORDS_MAX = 200
+_WORDS_MAX: Final = 200
 """Of what msgspec says: it may repeat a value of megabytes."""
-_PATH = " - at `"
-_missing = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
-_bound = re.compile(r"Expected `(?P<kind>\w+)` (?P<length>of length )?(?P<side>[<>]=?)")
-_pattern = re.compile(r"Expected `str` matching regex '(?P<pattern>.*)'")
-_OUT_OF_BOUNDS: dict[tuple[str, str], type[InvalidRequest]] = {
+_PATH: Final = " - at `"
+_missing: Final = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
+_bound: Final = re.compile(r"Expected `(?P<kind>\w+)` (?P<length>of length )?(?P<side>[<>]=?)")
+_pattern: Final = re.compile(r"Expected `str` matching regex '(?P<pattern>.*)'")
+_OUT_OF_BOUNDS: Final[dict[tuple[str, str], type[InvalidRequest]]] = {
     ("int", ">"): BelowMinimum,
     ("int", "<"): AboveMaximum,
     ("float", ">"): DecimalBelowMinimum,
@@ -71,16 +71,16 @@ def read_request(decoder: msgspec.json.Decoder[T], body: bytes, limits: RequestL
     if not body.isascii():
         try:
             body.decode()
-        except UnicodeDecodeError as error:
-            raise InvalidJSON(f"the body is not UTF-8 (byte {error.start})") from error
+        except UnicodeDecodeError as found:
+            raise InvalidJSON(f"the body is not UTF-8 (byte {found.start})") from found
     try:
         return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise explain(error) from error
-    except msgspec.DecodeError as error:
-        raise InvalidJSON(f"the body is not JSON: {error}") from error
-    except RecursionError as error:
-        raise InvalidJSON("the body is nested too deep") from error
+    except msgspec.ValidationError as invalid:
+        raise explain(invalid) from invalid
+    except msgspec.DecodeError as broken:
+        raise InvalidJSON(f"the body is not JSON: {broken}") from broken
+    except RecursionError as deep:
+        raise InvalidJSON("the body is nested too deep") from deep
 
 
 def explain(error: msgspec.ValidationError, inside: str = "") -> InvalidRequest | InvalidJSON:

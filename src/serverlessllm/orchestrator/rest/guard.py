@@ -13,7 +13,7 @@ import ipaddress
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from serverlessllm.core.apikeys import ApiKey, Scope, digest_of
 from serverlessllm.core.errors import Forbidden, MetadataUnavailable, SLLMError, Unauthorized
@@ -23,14 +23,14 @@ from serverlessllm.orchestrator.rest.quota import Quotas
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.view import ClusterView
 
-ANY = "any"
+ANY: Final = "any"
 """Of what every key may see: that there is no such route."""
-_BASIC = "basic "
-_KNOWN_HOSTS_MAX = 256
-_ID_DIGITS = 12
-_KNOWN_KEYS_MAX = 4096
-_USED_MAX = 1024
-_KNOWN_KEY_CHARS_MAX = 256
+_BASIC: Final = "basic "
+_KNOWN_HOSTS_MAX: Final = 256
+_ID_DIGITS: Final = 12
+_KNOWN_KEYS_MAX: Final = 4096
+_USED_MAX: Final = 1024
+_KNOWN_KEY_CHARS_MAX: Final = 256
 
 
 class Given(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from typing import Final
 
 from serverlessllm.core.agentapi import (
     KEEP_ALIVE_HEADER,
@@ -47,12 +48,12 @@ from serverlessllm.telemetry.table import REQUEST_RETRIES
 
 Parse = Callable[[bytes, RequestLimits], ParsedRequest]
 
-_OK = 200
-_QUICK_BYTES = 256 * KIB
+_OK: Final = 200
+_QUICK_BYTES: Final = 256 * KIB
 """Of a body that is parsed at once; the most hostile longer ones would hold the event loop."""
-_REFUSED = f"\r\n{REFUSED_HEADER}: ".encode()
-_DIED = "the model's server went away during the answer; send the request again"
-_DIED_EVENT = error_event(BackendDied(_DIED))
+_REFUSED: Final = f"\r\n{REFUSED_HEADER}: ".encode()
+_DIED: Final = "the model's server went away during the answer; send the request again"
+_DIED_EVENT: Final = error_event(BackendDied(_DIED))
 
 
 class Inference:

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Final
 
 from serverlessllm.core.agentapi import USAGE_HEADER
 from serverlessllm.core.apikeys import ApiKey
@@ -20,12 +21,12 @@ from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import TooManyRequests
 from serverlessllm.core.ids import KeyId
 
-_MINUTE_S = 60.0
-_BODY_BYTES_PER_TOKEN = 4
-_EVENT_BYTES_PER_TOKEN = 256
+_MINUTE_S: Final = 60.0
+_BODY_BYTES_PER_TOKEN: Final = 4
+_EVENT_BYTES_PER_TOKEN: Final = 256
 """Of a stream that broke off: an event of one token is seldom shorter."""
-_USAGE = re.compile(rf"\r\n{USAGE_HEADER}: (\d{{1,12}}) (\d{{1,12}})\r\n".encode())
-_AT_ONCE_RETRY_S = 1.0
+_USAGE: Final = re.compile(rf"\r\n{USAGE_HEADER}: (\d{{1,12}}) (\d{{1,12}})\r\n".encode())
+_AT_ONCE_RETRY_S: Final = 1.0
 
 Spent = tuple[int, int]
 """Requests, tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 from serverlessllm.core.apikeys import Scope
 from serverlessllm.core.clock import Clock
@@ -41,18 +42,20 @@ from serverlessllm.telemetry.logs import log, log_level
 from serverlessllm.telemetry.metrics import CONTENT_TYPE
 from serverlessllm.telemetry.table import CLIENTS_GONE
 
-_log = log("orchestrator")
+_log: Final = log("orchestrator")
 
-_OK = 200
-_NO_KEY = 401
-_ASK_USER = 'Basic realm="ServerlessLLM: any name, and an API key as the password", charset="UTF-8"'
-_GONE = 499
-_BUG = 500
-_DRAINING = Draining("this server is shutting down; send the request again")
-_PLAIN = "text/plain; charset=utf-8"
-_OPENAI = "/v1/"
-_ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-_PARSERS: dict[str, Parse] = {
+_OK: Final = 200
+_NO_KEY: Final = 401
+_ASK_USER: Final = (
+    'Basic realm="ServerlessLLM: any name, and an API key as the password", charset="UTF-8"'
+)
+_GONE: Final = 499
+_BUG: Final = 500
+_DRAINING: Final = Draining("this server is shutting down; send the request again")
+_PLAIN: Final = "text/plain; charset=utf-8"
+_OPENAI: Final = "/v1/"
+_ANY: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_PARSERS: Final[dict[str, Parse]] = {
     "/v1/chat/completions": parse_chat,
     "/v1/completions": parse_completion,
     "/v1/embeddings": parse_embeddings,
@@ -60,8 +63,8 @@ _PARSERS: dict[str, Parse] = {
     "/v1/detokenize": parse_detokenize,
     "/v1/rerank": parse_rerank,
 }
-HOT_PATHS = frozenset(_PARSERS)
-_HOP_BY_HOP = frozenset(
+HOT_PATHS: Final = frozenset(_PARSERS)
+_HOP_BY_HOP: Final = frozenset(
     {"connection", "content-length", "host", "keep-alive", "transfer-encoding", "upgrade"}
 )
 
