@@ -338,18 +338,23 @@ class Connection(asyncio.Protocol):
         else:
             task.add_done_callback(lambda _: self._transport.close())
 
-    def sweep(self, now_s: float) -> None:
-        """Look at every deadline of this connection."""
+    def sweep(self, now_s: float) -> bool:
+        """Look at every deadline of this connection; whether one has passed."""
         settings = self._settings
         age_s = now_s - self._receiver.since_s
         if self._stalled(now_s) or (self._lingering and age_s >= settings.swallow_s):
             self._transport.abort()
-        elif self.idle:
-            if age_s >= settings.idle_timeout_s:
-                self._transport.close()
-        elif not self._lingering:
-            self._receiver.sweep(now_s)
-            self._proceed()
+            return True
+        if self.idle:
+            if age_s < settings.idle_timeout_s:
+                return False
+            self._transport.close()
+            return True
+        if self._lingering:
+            return False
+        passed = self._receiver.sweep(now_s)
+        self._proceed()
+        return passed
 
     def _stalled(self, now_s: float) -> bool:
         """Whether the client has taken none of its waiting bytes for too long."""

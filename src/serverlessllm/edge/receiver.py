@@ -223,20 +223,23 @@ class Receiver:
         request.ready = True
         self._inbox.enqueue(request)
 
-    def sweep(self, now_s: float) -> None:
-        """Refuse what has not come in time."""
+    def sweep(self, now_s: float) -> bool:
+        """Refuse what has not come in time; whether there was something."""
         settings = self._settings
         age_s = now_s - self.since_s
         if self.deaf:
-            return
+            return False
         if self.receiving is not None:
             judged_s = age_s - settings.body_rate_grace_s
             if age_s >= settings.body_timeout_s or (
                 judged_s > 0 and self._body_bytes < judged_s * settings.body_rate_min_bytes_s
             ):
                 self.refuse(RequestTimeout("the body did not arrive in time"))
+                return True
         elif self.in_head and age_s >= settings.header_timeout_s:
             self.refuse(RequestTimeout("the request's headers did not arrive in time"))
+            return True
+        return False
 
     # The parser's events.
 

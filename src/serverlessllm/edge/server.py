@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,5 +245,11 @@ class EdgeServer:
     def _sweep(self, now_s: float) -> None:
         share = self._shares[self._turn]
         self._turn = (self._turn + 1) % _SHARES
-        for connection in list(share):
-            connection.sweep(now_s)
+        self._look(iter(list(share)), now_s)
+
+    def _look(self, connections: Iterator[Connection], now_s: float) -> None:
+        """At their deadlines. When one has passed, others have a turn before the next one."""
+        for connection in connections:
+            if not connection.lost and connection.sweep(now_s):
+                self.loop.call_soon(self._look, connections, now_s)
+                return
