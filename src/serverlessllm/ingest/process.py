@@ -118,9 +118,12 @@ class WorkerProcess:
             await asyncio.gather(line, limit, return_exceptions=True)
 
     async def _send(self, message: msgspec.Struct) -> None:
+        """Tell it, unless it is gone: the next report says so."""
         assert self._process is not None
         assert self._process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # then it is gone: the next report says so
+        if self._process.stdin.is_closing():  # uvloop's pipe refuses what asyncio's only drops
+            return
+        with contextlib.suppress(ConnectionError):
             self._process.stdin.write(msgspec.json.encode(message) + b"\n")
             await self._process.stdin.drain()
 
