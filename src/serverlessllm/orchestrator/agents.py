@@ -22,7 +22,7 @@ from serverlessllm.edge.upstream import (
     UpstreamUnreachable,
 )
 from serverlessllm.openai.errors import ErrorBody
-from serverlessllm.orchestrator.loads import AgentGone
+from serverlessllm.orchestrator.loads import AgentLost
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 
 _OK = 200
@@ -46,7 +46,7 @@ class AgentClient:
         Cancelling hangs up.
 
         Raises:
-            AgentGone: it cannot be reached, hung up, or is silent for too long.
+            AgentLost: it cannot be reached, hung up, or is silent for too long.
             SLLMError: its refusal, or why the load failed.
         """
         body = msgspec.json.encode(request)
@@ -66,13 +66,13 @@ class AgentClient:
                     if event.state == "ready" and not event.arriving:
                         return event
                     publish(event)
-        raise AgentGone("the agent ended a load without an outcome")
+        raise AgentLost("the agent ended a load without an outcome")
 
     async def unload(self, address: Address, request: UnloadRequest) -> None:
         """Return when the model's instances have stopped.
 
         Raises:
-            AgentGone: it cannot be reached, or hung up.
+            AgentLost: it cannot be reached, or hung up.
             SLLMError: its refusal.
         """
         body = msgspec.json.encode(request)
@@ -92,7 +92,7 @@ def _gone() -> Iterator[None]:
     try:
         yield
     except (UpstreamUnreachable, UpstreamClosed, UpstreamTimeout, TimeoutError) as error:
-        raise AgentGone("the agent went away") from error
+        raise AgentLost("the agent went away") from error
     except UpstreamProtocolError as error:
         raise BackendProtocolError("the agent's answer is not its protocol") from error
 

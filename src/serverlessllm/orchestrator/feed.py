@@ -12,7 +12,7 @@ from serverlessllm.core.errors import MetadataUnavailable, SLLMError
 from serverlessllm.metadata.base import Revision
 from serverlessllm.metadata.registry import (
     AgentChanged,
-    AgentGone,
+    AgentLeft,
     ApiKeyChanged,
     ApiKeyGone,
     JobChanged,
@@ -108,7 +108,7 @@ class Feed:
                 view.drop_model(model)
             case AgentChanged(agent=record, revision=revision):
                 view.put_agent(record, revision, self._clock.now_s())
-            case AgentGone(agent=agent):
+            case AgentLeft(agent=agent):
                 view.drop_agent(agent)
             case JobChanged(model=model, job=None):
                 view.drop_job(model)

@@ -57,13 +57,13 @@ class AsksAgents(Protocol):
         whose bytes still move (`arriving`). Cancelling hangs up.
 
         Raises:
-            AgentGone: it cannot be reached, or hung up before the end.
+            AgentLost: it cannot be reached, or hung up before the end.
             SLLMError: its refusal, or why the load failed.
         """
         ...
 
 
-class AgentGone(BackendDied):
+class AgentLost(BackendDied):
     """The agent did not answer, or hung up: another one, or its next life, may."""
 
 
@@ -135,7 +135,7 @@ class Loads:
             )
             try:
                 return await self._load_on(placed, record, so_far, publish, became_ready)
-            except AgentGone as lost:
+            except AgentLost as lost:
                 self._view.failed(placed.agent)
                 gone.add((placed.agent, placed.epoch))
                 error = lost
@@ -144,7 +144,7 @@ class Loads:
                     raise
                 refused.add(placed.agent)
                 error = refusal
-        if error is None or isinstance(error, AgentGone):
+        if error is None or isinstance(error, AgentLost):
             raise NoCapacity(f"no agent can take {model} now", retry_after_s=1.0)
         raise error
 

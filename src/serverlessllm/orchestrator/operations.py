@@ -19,7 +19,7 @@ from serverlessllm.metadata.base import ABSENT
 from serverlessllm.metadata.registry import Registry
 from serverlessllm.orchestrator.agents import AgentClient
 from serverlessllm.orchestrator.coldstart import WaitingRoom
-from serverlessllm.orchestrator.loads import AgentGone, on_demand_spec, unknown_model
+from serverlessllm.orchestrator.loads import AgentLost, on_demand_spec, unknown_model
 from serverlessllm.orchestrator.seams import DeletesCheckpoints, Ingests
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.view import AgentSeen, ClusterView
@@ -177,7 +177,7 @@ class Operations:
     async def _unload_on(self, seen: AgentSeen, request: UnloadRequest) -> SLLMError | None:
         try:
             await self._agents.unload(seen.address, request)
-        except AgentGone:
+        except AgentLost:
             self._view.failed(seen.agent)  # with it went the instances
         except SLLMError as error:
             return error

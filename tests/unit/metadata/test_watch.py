@@ -15,7 +15,7 @@ from serverlessllm.core.models import ModelRecord, ModelSpec
 from serverlessllm.metadata.base import ABSENT, Revision
 from serverlessllm.metadata.registry import (
     AgentChanged,
-    AgentGone,
+    AgentLeft,
     JobChanged,
     JobClaim,
     ModelChanged,
@@ -67,7 +67,7 @@ async def test_a_watch_goes_on_where_the_snapshot_ends(
         waiting = asyncio.ensure_future(anext(watch))
         await clock.advance(6)
         gone = await waiting
-        assert isinstance(gone, AgentGone)
+        assert isinstance(gone, AgentLeft)
         assert gone.agent == "a"
         await registry.release_job(claimed)
         (lost,) = await take(watch, 1)

@@ -16,7 +16,7 @@ from serverlessllm.core.errors import (
 )
 from serverlessllm.core.ids import Epoch, ModelId
 from serverlessllm.core.models import ModelRecord, ModelSpec
-from serverlessllm.orchestrator.loads import AgentGone, Loads
+from serverlessllm.orchestrator.loads import AgentLost, Loads
 from serverlessllm.orchestrator.router import Router
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.view import ClusterView, ready_agents
@@ -149,7 +149,7 @@ async def test_refusals_go_to_the_next_best_three_in_all(bench, make):
 
 async def test_an_agent_that_is_gone_is_suspect_and_the_next_is_asked(bench, make):
     bench.put(make.agent("a"), make.agent("b"))
-    bench.agents.answers["a"] = AgentGone("gone")
+    bench.agents.answers["a"] = AgentLost("gone")
     bench.agents.answers["b"] = None
     loaded = [await bench.bring_up() for _ in range(2)]
     assert {found.agent for found in loaded} == {"b"}
@@ -167,7 +167,7 @@ async def test_a_permanent_failure_ends_it(bench, make):
 
 async def test_a_restarted_agent_is_a_new_chance(bench, make, clock, settle):
     bench.put(make.agent("a", epoch=1))
-    bench.agents.answers["a"] = AgentGone("gone")
+    bench.agents.answers["a"] = AgentLost("gone")
     task = asyncio.create_task(bench.bring_up())
     await settle()
     assert not task.done()
@@ -216,7 +216,7 @@ async def test_who_is_ready_before_its_bytes_is_told_of_once_and_completed_later
     assert ready_agents(bench.view, ModelId("m")) == {"a"}
 
 
-@pytest.mark.parametrize("end", [AgentGone(), LoadFailed("the bytes did not come")])
+@pytest.mark.parametrize("end", [AgentLost(), LoadFailed("the bytes did not come")])
 async def test_what_befalls_it_later_starts_nothing_elsewhere(bench, make, end):
     bench.put(make.agent("a"), make.agent("b"))
     bench.agents.early = [EARLY]

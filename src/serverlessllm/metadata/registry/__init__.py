@@ -7,7 +7,7 @@ compare-and-swap on one key; nothing here is a lock.
 
 from serverlessllm.metadata.registry.changes import (
     AgentChanged,
-    AgentGone,
+    AgentLeft,
     ApiKeyChanged,
     ApiKeyGone,
     JobChanged,
@@ -24,7 +24,7 @@ from serverlessllm.metadata.registry.registry import Registry
 
 __all__ = [
     "AgentChanged",
-    "AgentGone",
+    "AgentLeft",
     "ApiKeyChanged",
     "ApiKeyGone",
     "JobChanged",

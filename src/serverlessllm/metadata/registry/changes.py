@@ -84,8 +84,8 @@ class AgentChanged(msgspec.Struct, frozen=True, kw_only=True):
     revision: Revision
 
 
-class AgentGone(msgspec.Struct, frozen=True, kw_only=True):
-    """An agent left, or its lease ran out, or a newer registration replaced it."""
+class AgentLeft(msgspec.Struct, frozen=True, kw_only=True):
+    """A registration ended: the agent left, its lease ran out, or a newer one replaced it."""
 
     agent: AgentId
     revision: Revision
@@ -123,7 +123,7 @@ RegistryChange = (
     ModelChanged
     | ModelDeleted
     | AgentChanged
-    | AgentGone
+    | AgentLeft
     | JobChanged
     | ApiKeyChanged
     | ApiKeyGone

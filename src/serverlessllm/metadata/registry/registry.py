@@ -13,7 +13,7 @@ from serverlessllm.metadata.registry.agents import Agents
 from serverlessllm.metadata.registry.apikeys import ApiKeys
 from serverlessllm.metadata.registry.changes import (
     AgentChanged,
-    AgentGone,
+    AgentLeft,
     ApiKeyChanged,
     ApiKeyGone,
     JobChanged,
@@ -92,7 +92,7 @@ def _deleted(key: str, revision: Revision) -> RegistryChange | None:
     if key.startswith(MODELS):
         return ModelDeleted(model=ModelId(key.removeprefix(MODELS)), revision=revision)
     if key.startswith(AGENTS):
-        return AgentGone(agent=AgentId(key.removeprefix(AGENTS)), revision=revision)
+        return AgentLeft(agent=AgentId(key.removeprefix(AGENTS)), revision=revision)
     if key.startswith(JOBS):
         model = ModelId(key.removeprefix(JOBS))
         return JobChanged(model=model, job=None, revision=revision)
