@@ -331,7 +331,7 @@ def engine_answers(data: bytes) -> None:
         except SLLMError:
             continue
         assert isinstance(msgspec.json.decode(found.body), dict)
-    assert not_streamed(data).status >= 400
+    assert not_streamed(data, Kind.CHAT).status >= 400
 
 
 def engine_streams(data: bytes) -> None:

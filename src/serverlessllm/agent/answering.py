@@ -64,7 +64,7 @@ async def pass_stream(request: Request, response: Response, asked: Asked, stamp:
         UpstreamError: the engine died before anything of its answer was passed on.
     """
     if not (response.headers.get("content-type") or "").startswith("text/event-stream"):
-        request.respond(*render_error(not_streamed(await response.read())))
+        request.respond(*render_error(not_streamed(await response.read(), asked.kind)))
         return
     answer = StreamedAnswer(asked, stamp)
     link = response.link

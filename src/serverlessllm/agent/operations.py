@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from serverlessllm.agent.instance import Instance
+from serverlessllm.backends.dialect import Operation
 from serverlessllm.core.errors import BackendProtocolError
 from serverlessllm.edge.upstream import Response, Upstreams
 from serverlessllm.openai.errors import translate_backend_error
@@ -19,10 +20,17 @@ class InstanceEngine:
     """`backends.dialect.Engine` of one instance, for the time of one client's request."""
 
     def __init__(
-        self, instance: Instance, upstreams: Upstreams, request_id: str, bytes_max: int
+        self,
+        instance: Instance,
+        upstreams: Upstreams,
+        operation: Operation,
+        request_id: str,
+        bytes_max: int,
     ) -> None:
-        """`bytes_max`: of an answer that is not streamed."""
+        """`operation` is what the client asked for; `bytes_max`: of an answer that is not
+        streamed."""
         self._instance = instance
+        self._operation = operation
         self._bytes_max = bytes_max
         self._upstreams = upstreams
         self._head = b"content-type: application/json\r\nx-request-id: %b\r\n" % request_id.encode()
@@ -67,7 +75,8 @@ class InstanceEngine:
             activity.answers.add(response)
             try:
                 if response.status >= _ERROR_STATUS_MIN:
-                    raise translate_backend_error(response.status, await response.read())
+                    said = await response.read()
+                    raise translate_backend_error(response.status, said, self._operation)
                 yield response
             finally:
                 activity.answers.discard(response)

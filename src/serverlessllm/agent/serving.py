@@ -71,7 +71,7 @@ class Serving:
             body = engine_body(asked, body, instance.model, streams_usage=dialect.streams_usage)
         ask = dialect.translate(operation, body)
         if callable(ask):
-            await self._compose(request, instance, ask, asked)
+            await self._compose(request, instance, operation, ask, asked)
         else:
             path = path if ask.path == operation else ask.path
             await self._forward(request, instance, path, ask.body, asked)
@@ -90,7 +90,8 @@ class Serving:
             activity.answers.add(response)
             try:
                 if response.status >= _ERROR_STATUS_MIN:
-                    error = translate_backend_error(response.status, await response.read())
+                    said = await response.read()
+                    error = translate_backend_error(response.status, said, request.path)
                     request.respond(*render_error(error))
                 elif asked is None:
                     await relay(request, response, error_event=_DIED_EVENT)
@@ -104,10 +105,15 @@ class Serving:
                 activity.ended += 1
 
     async def _compose(
-        self, request: Request, instance: Instance, composed: Composed, asked: Asked | None
+        self,
+        request: Request,
+        instance: Instance,
+        operation: Operation,
+        composed: Composed,
+        asked: Asked | None,
     ) -> None:
         engine = InstanceEngine(
-            instance, self._upstreams, request.id, self._settings.answer_bytes_max
+            instance, self._upstreams, operation, request.id, self._settings.answer_bytes_max
         )
         pieces = composed(engine)
         if asked is not None and asked.stream:

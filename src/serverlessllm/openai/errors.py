@@ -27,6 +27,15 @@ _MESSAGE_CHARS_MAX = 2000
 _TOO_LONG = ("exceed_context_size_error", "context_length_exceeded")
 """How llama.cpp and the OpenAI-like servers call it."""
 _TOO_LARGE = re.compile(r"[\w ]+\(\d+ tokens\) (?:is|are) too large to process")
+_TOO_LONG_WORDS = re.compile(r"maximum (?:context|model) length|than the model's context length")
+"""vLLM and SGLang say it in words only."""
+_PROMPTS = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": "prompt",
+    "/v1/embeddings": "input",
+    "/v1/rerank": "documents",
+}
+"""The field that holds what may be too long, by route."""
 _UNFIT = re.compile(r"Failed to parse (?:messages|tools|tool call arguments)|Jinja Exception")
 """With these words llama.cpp blames itself for what is wrong with the request, or with how it fits
 the model's chat template."""
@@ -79,8 +88,8 @@ class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
-def translate_backend_error(status: int, body: bytes) -> SLLMError:
-    """What a backend's non-2xx answer means to the client.
+def translate_backend_error(status: int, body: bytes, route: str = "") -> SLLMError:
+    """What a backend's non-2xx answer means to a client of `route`.
 
     A refusal (4xx) keeps the backend's words, which are about the request; a failure (5xx) does
     not: they are about the server.
@@ -103,17 +112,24 @@ def translate_backend_error(status: int, body: bytes) -> SLLMError:
         return OutOfSpace("the model's backend is out of space")
     refused = 400 <= status < 500 and status not in {401, 403, 407}
     if refused or _TOO_LARGE.match(message) or _UNFIT.match(message):
-        return _refusal(said, status)
+        return _refusal(said, status, route)
     return BackendProtocolError(f"the model's backend failed (status {status})")
 
 
-def _refusal(said: _Said, status: int) -> InvalidRequest:
+def _refusal(said: _Said, status: int, route: str) -> InvalidRequest:
     message = said.message
-    if said.type in _TOO_LONG or said.code in _TOO_LONG or _TOO_LARGE.match(message):
-        return ContextTooLong(message or "the request is longer than the model's context")
+    if said.type in _TOO_LONG or said.code in _TOO_LONG or _says_too_long(message):
+        return ContextTooLong(
+            message or "the request is longer than the model's context",
+            param=_PROMPTS.get(route, said.param),
+        )
     return InvalidRequest(
         message or f"the model's backend refused the request (status {status})", param=said.param
     )
+
+
+def _says_too_long(message: str) -> bool:
+    return bool(_TOO_LARGE.match(message) or _TOO_LONG_WORDS.search(message))
 
 
 class _Said(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from serverlessllm.agent.operations import InstanceEngine
+from serverlessllm.backends.dialect import Operation
 from serverlessllm.core.agentapi import MODEL_HEADER, REFUSED_HEADER, TOKEN_HEADER, USAGE_HEADER
 from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.ids import Address, ModelId
@@ -160,7 +161,7 @@ async def test_so_is_the_connection_of_a_stream_that_a_dialect_reads(
     slots = agent.agent._instances.slots(ModelId(MODEL))
     assert slots is not None
     async with slots.lease(None) as instance:
-        dialects = InstanceEngine(instance, upstreams, "r", 1000)
+        dialects = InstanceEngine(instance, upstreams, Operation.CHAT, "r", 1000)
         before = upstreams.opened(instance.address)
         for _ in range(5):
             async for data in dialects.stream("/v1/chat/completions", b"{}"):
@@ -249,6 +250,32 @@ async def test_an_error_with_status_200_is_one(engine: Engine, agent: AgentClien
     for stream in (True, False):
         status, answer, _ = await agent.chat(MODEL, stream=stream)
         assert (status, answer["error"]["message"]) == (400, "no such tool")
+
+
+@pytest.mark.parametrize(
+    ("route", "field"),
+    [("chat/completions", "messages"), ("completions", "prompt"), ("embeddings", "input")],
+)
+@pytest.mark.parametrize("as_event", [True, False])
+async def test_what_is_longer_than_the_context_is_named(
+    engine: Engine, agent: AgentClient, route: str, field: str, as_event: bool
+) -> None:
+    said = b'{"error":{"message":"too long","type":"exceed_context_size_error","code":400}}'
+    stream = as_event and field != "input"
+    if as_event:
+        engine.says(b"data: %b\n\n" % said if stream else said, headers=EVENTS if stream else JSON)
+    else:
+
+        async def refuse(request: Request) -> None:
+            request.respond(400, JSON, said)
+
+        engine.script = refuse
+    prompt = [{"role": "user", "content": "hi"}] if field == "messages" else "hi"
+    body = json.dumps({"model": MODEL, field: prompt, "stream": stream}).encode()
+    path = f"/v1/{route}"
+    status, answer, _ = await agent.ask("POST", path, body, **{MODEL_HEADER: MODEL})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer["error"]["param"] == field
 
 
 async def test_a_slow_reader_holds_its_engine_back(engine: Engine, agent: AgentClient) -> None:

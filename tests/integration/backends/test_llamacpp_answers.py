@@ -145,6 +145,20 @@ async def test_a_gap_is_filled(tiny: Client) -> None:
     assert len("".join(texts).split()) == 4
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_longer_than_the_context_is_refused_by_name(
+    tiny: Client, stream: bool
+) -> None:
+    for refused, field in (
+        (tiny.chat(messages=[asked("x " * 3000)], stream=stream), "messages"),
+        (tiny.complete(prompt=[265] * 3000, stream=stream), "prompt"),
+    ):
+        with pytest.raises(Refused) as told:
+            await refused
+        error = told.value.error
+        assert (error.code, error.param) == ("context_length_exceeded", field)
+
+
 async def test_too_long_a_prompt_is_not_scored(tiny: Client) -> None:
     with pytest.raises(Refused, match="scored_tokens_max"):
         await tiny.complete(prompt=[265] * 9, echo=True, logprobs=0)

@@ -444,10 +444,15 @@ async def test_embeddings_may_be_shorter(engine: Engine) -> None:
 
 
 async def test_a_prompt_longer_than_the_context_is_refused(engine: Engine) -> None:
-    status, answer = await engine.ask("/v1/completions", {"prompt": "red " * CONTEXT})
-    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
-    status, answer = await engine.ask("/v1/embeddings", {"input": "red " * CONTEXT})
-    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    long = "red " * CONTEXT
+    for route, field, prompt in (
+        ("chat/completions", "messages", [{"role": "user", "content": long}]),
+        ("completions", "prompt", long),
+        ("embeddings", "input", long),
+    ):
+        status, answer = await engine.ask(f"/v1/{route}", {field: prompt})
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert answer["error"]["param"] == field
 
 
 async def test_an_answer_ends_with_the_context(engine: Engine) -> None:
@@ -549,7 +554,7 @@ async def test_it_is_ready_and_computes_before_its_weights_are_whole(
         async def has_begun() -> bool:
             return "model.layers.0" in await layers()
 
-        await eventually(has_begun, 30)
+        await eventually(has_begun)
         assert not asking.done()
         arriving.bring([last])
         arriving.end(whole=True)

@@ -116,6 +116,33 @@ def test_the_parameter_is_kept() -> None:
     assert error.param == "tools[0]"
 
 
+@pytest.mark.parametrize(
+    ("route", "param"),
+    [
+        ("/v1/chat/completions", "messages"),
+        ("/v1/completions", "prompt"),
+        ("/v1/embeddings", "input"),
+        ("/v1/rerank", "documents"),
+        ("", None),
+    ],
+)
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("the request exceeds the available context size", "exceed_context_size_error"),
+        ("input (601 tokens) is too large to process. increase the batch size", "server_error"),
+        ("This model's maximum context length is 20 tokens. However, you requested 30", "x"),
+        ("The decoder prompt (length 50) is longer than the maximum model length of 20.", "x"),
+        ("The input (50 tokens) is longer than the model's context length (20 tokens).", "x"),
+    ],
+)
+def test_what_is_too_long_is_named(message: str, kind: str, route: str, param: str | None) -> None:
+    said = json.dumps({"error": {"message": message, "type": kind, "param": None}}).encode()
+    error = translate_backend_error(400, said, route)
+    assert (error.code, error.param) == ("context_length_exceeded", param)
+    assert error.message == message
+
+
 def test_an_error_event_is_one_event() -> None:
     event = error_event(BackendDied("it\ndied"))
     assert event.startswith(b"data: {")

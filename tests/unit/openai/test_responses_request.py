@@ -295,6 +295,7 @@ def test_a_model_is_needed():
         ("messages[1].content[2].image_url", "input[0].content[2]"),
         ("messages[1]", "input[0]"),
         ("messages[9]", "input"),
+        ("messages", "input"),
         ("max_completion_tokens", "max_output_tokens"),
         ("response_format.json_schema.schema", "text.format.schema"),
         ("response_format", "text.format"),

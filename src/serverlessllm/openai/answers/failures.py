@@ -7,6 +7,7 @@ import re
 import msgspec
 
 from serverlessllm.core.errors import BackendProtocolError, SLLMError
+from serverlessllm.openai.answers.asked import Kind
 from serverlessllm.openai.errors import translate_backend_error
 
 _OURS = range(400, 600)
@@ -15,18 +16,18 @@ _CLIENTS = ("badrequest", "invalid_request", "invalidrequest", "validation")
 """How an error's type begins that is about the request."""
 
 
-def failure(data: bytes) -> SLLMError:
-    """The error that this is, in any of the usual dialects; else that it is no answer."""
+def failure(data: bytes, kind: Kind) -> SLLMError:
+    """The error that this is, in any of the usual dialects; else that it is no answer of `kind`."""
     try:
         said = msgspec.json.decode(data)
     except (ValueError, RecursionError):
         return nonsense("it is not JSON")
     if not isinstance(said, dict) or not {"error", "message", "detail"} & said.keys():
         return nonsense("it is neither an answer nor an error")
-    return translate_backend_error(_status(said.get("error", said)), data)
+    return translate_backend_error(_status(said.get("error", said)), data, kind)
 
 
-def not_streamed(body: bytes) -> SLLMError:
+def not_streamed(body: bytes, kind: Kind) -> SLLMError:
     """What a 2xx answer means that is whole where a stream was asked for: some engines tell an
     error like that."""
     try:
@@ -34,7 +35,7 @@ def not_streamed(body: bytes) -> SLLMError:
     except (ValueError, RecursionError):
         said = None
     is_error = isinstance(said, dict) and "choices" not in said
-    return failure(body) if is_error else nonsense("it is not a stream of events")
+    return failure(body, kind) if is_error else nonsense("it is not a stream of events")
 
 
 def nonsense(why: str) -> BackendProtocolError:

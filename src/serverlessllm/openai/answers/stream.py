@@ -123,9 +123,9 @@ class StreamedAnswer:
                 return None
             if isinstance(error, msgspec.ValidationError):
                 raise nonsense(str(error)) from None
-            raise failure(event) from None
+            raise failure(event, self._asked.kind) from None
         if chunk.error is not None or (chunk.choices is UNSET and chunk.usage is UNSET):
-            raise failure(event)
+            raise failure(event, self._asked.kind)
         return chunk
 
     def _begin(self, event: bytes) -> None:

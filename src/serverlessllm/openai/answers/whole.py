@@ -100,7 +100,7 @@ def _chosen(asked: Asked, body: bytes, stamp: Stamp) -> Complete:
     choices: list[WholeChoice] | list[WholeText]
     if asked.kind is Kind.CHAT:
         said = chat = _chat.decode(body)
-        _check(said, chat.choices, body)
+        _check(said, chat.choices, body, asked.kind)
         named = identify(asked, stamp, said)
         choices = [
             whole_choice(each, place, logprobs=asked.logprobs, name=named.name)
@@ -108,7 +108,7 @@ def _chosen(asked: Asked, body: bytes, stamp: Stamp) -> Complete:
         ]
     else:
         said = texts = _texts.decode(body)
-        _check(said, texts.choices, body)
+        _check(said, texts.choices, body, asked.kind)
         named = identify(asked, stamp, said)
         choices = [
             whole_text(each, place, logprobs=asked.logprobs)
@@ -132,16 +132,18 @@ def _chosen(asked: Asked, body: bytes, stamp: Stamp) -> Complete:
 
 def _embeddings(asked: Asked, body: bytes) -> Complete:
     said = _rows.decode(body)
-    _check(said, said.data, body)
+    _check(said, said.data, body, asked.kind)
     usage = read_usage(said.usage)
     prompt = usage.prompt_tokens if usage else 0
     rows = [row(each, place, asked) for place, each in enumerate(said.data or ())]
     return Complete(_encode(_Rows(rows, asked.model, _RowUsage(prompt, prompt))), usage)
 
 
-def _check(said: _SaidAnswer | _SaidRows, items: Sequence[object] | None, body: bytes) -> None:
+def _check(
+    said: _SaidAnswer | _SaidRows, items: Sequence[object] | None, body: bytes, kind: Kind
+) -> None:
     """Raise what the engine says instead of an answer."""
     if said.error is not None or items is None:
-        raise failure(body)
+        raise failure(body, kind)
     if not items:
         raise nonsense("it is empty")

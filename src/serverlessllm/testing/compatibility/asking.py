@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from serverlessllm.openai.errors import ErrorBody, ErrorFields
 from serverlessllm.testing.contracts.backend import Running
 
 _JSON = (("content-type", "application/json"),)
@@ -31,11 +32,17 @@ class Verdict(StrEnum):
     """502: the server, somebody else's, fails at it."""
 
 
-class Refused(Exception):
+class _Unanswered(Exception):
+    def __init__(self, error: ErrorFields) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class Refused(_Unanswered):
     """The backend refuses the request."""
 
 
-class Failed(Exception):
+class Failed(_Unanswered):
     """The backend cannot deal with the request, and does not say so."""
 
 
@@ -56,9 +63,9 @@ class Client:
         async with running.client.send(running.served, "POST", path, _JSON, sent) as response:
             got = await response.read()
             if response.status in {_CLIENT_ERROR, _BAD_GATEWAY}:
-                message = msgspec.json.decode(got)["error"]["message"]
-                assert message
-                raise (Refused if response.status == _CLIENT_ERROR else Failed)(message)
+                error = msgspec.json.decode(got, type=ErrorBody).error
+                assert error.message
+                raise (Refused if response.status == _CLIENT_ERROR else Failed)(error)
             assert response.status == 200, got
             if body.get("stream"):
                 return [

@@ -142,4 +142,4 @@ def test_a_failure_instead_of_an_answer(kind: Kind, body: bytes, status: int) ->
     [(b'{"error":{"message":"x","code":400}}', 400), (b'{"choices":[]}', 502), (b"<html>", 502)],
 )
 def test_a_whole_answer_where_a_stream_was_asked_for(body: bytes, status: int) -> None:
-    assert not_streamed(body).status == status
+    assert not_streamed(body, Kind.CHAT).status == status
