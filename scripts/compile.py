@@ -32,7 +32,7 @@ MODULES = (
         "request", "states", "steps", "upstream", "wire",
     )),
     "openai/nesting.py",
-    "openai/request/read.py",
+    *(f"openai/request/{name}.py" for name in ("checks", "parse", "read")),
     *(f"orchestrator/{name}.py" for name in (
         "rest/call", "rest/guard", "rest/inference", "rest/quota", "rest/routes",
         "router", "tallies", "timing",

@@ -35,7 +35,10 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 class ModelObject(msgspec.Struct, frozen=True, kw_only=True):
     """A model as the OpenAI API shows it."""
 
-    id: ModelId
+    id: str
+    """What the client calls it: an alias, where it asked by one."""
+    root: ModelId
+    """The model's own name."""
     object: str = "model"
     created: int = 0
     """Unix time."""
@@ -52,12 +55,18 @@ _encoder = msgspec.json.Encoder()
 
 
 def model_object(
-    model: ModelId, created_s: int, status: ModelStatus | UnsetType = UNSET
+    model: ModelId,
+    created_s: int,
+    status: ModelStatus | UnsetType = UNSET,
+    *,
+    name: str | None = None,
 ) -> ModelObject:
-    """The object of one model; its organisation owns it, if its name has one."""
+    """The object of one model, asked for by `name`, else by its own; its organisation owns it, if
+    its own name has one."""
     owner, slash, _ = model_name(model).partition("/")
     return ModelObject(
-        id=model,
+        id=name or model,
+        root=model,
         created=created_s,
         owned_by=owner if slash else "serverlessllm",
         status=status,

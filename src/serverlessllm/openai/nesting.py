@@ -30,7 +30,7 @@ def check_nesting(body: bytes, limits: RequestLimits) -> None:
         return
     if size > limits.commas_max and body.count(b",") > limits.commas_max:
         raise InvalidJSON(f"the body has more than {limits.commas_max} commas")
-    if b"\\" in body:
+    if body.find(b"\\") >= 0:  # `in` would first try it as a number, and fail
         if size > limits.backslashes_max and body.count(b"\\") > limits.backslashes_max:
             raise InvalidJSON(f"the body has more than {limits.backslashes_max} backslashes")
         marks = body.translate(None, _plain_beside_escapes)

@@ -8,13 +8,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from serverlessllm.openai.request.fields import (
-    AtLeastOne,
-    ParsedRequest,
-    RequestFields,
-    items_at_most,
-    parsed,
-)
+from serverlessllm.openai.request.checks import items_at_most, parsed
+from serverlessllm.openai.request.fields import AtLeastOne, ParsedRequest, RequestFields
 from serverlessllm.openai.request.read import read_request
 from serverlessllm.openai.settings import RequestLimits
 

@@ -8,14 +8,9 @@ import msgspec
 from msgspec import Meta
 
 from serverlessllm.core.errors import InvalidRequest
+from serverlessllm.openai.request.checks import items_at_most, parsed
 from serverlessllm.openai.request.errors import MissingParameter
-from serverlessllm.openai.request.fields import (
-    ParsedRequest,
-    RequestFields,
-    TokenId,
-    items_at_most,
-    parsed,
-)
+from serverlessllm.openai.request.fields import ParsedRequest, RequestFields, TokenId
 from serverlessllm.openai.request.messages import Message
 from serverlessllm.openai.request.read import read_request
 from serverlessllm.openai.request.tools import Tool

@@ -43,15 +43,15 @@ class Log:
         self._logger: FilteringBoundLogger | None = None
 
     def debug(self, event: str, **fields: object) -> None:
-        if _state.level <= logging.DEBUG:
+        if LOGGED.level <= logging.DEBUG:
             self._bound().debug(event, **fields)
 
     def info(self, event: str, **fields: object) -> None:
-        if _state.level <= logging.INFO:
+        if LOGGED.level <= logging.INFO:
             self._bound().info(event, **fields)
 
     def warning(self, event: str, **fields: object) -> None:
-        if _state.level <= logging.WARNING:
+        if LOGGED.level <= logging.WARNING:
             self._bound().warning(event, **fields)
 
     def error(self, event: str, **fields: object) -> None:
@@ -60,7 +60,7 @@ class Log:
 
     def _bound(self) -> FilteringBoundLogger:
         if self._logger is None:
-            if not _state.configured:
+            if not LOGGED.configured:
                 configure_logging(TelemetrySettings(log_level=LogLevel.WARNING))
             import structlog
 
@@ -79,17 +79,18 @@ class _ToStderr(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
-class _State:
+class Logged:
     """What the process logs: read by every `Log`, written by `configure_logging` only."""
 
     __slots__ = ("configured", "level")
 
     def __init__(self) -> None:
-        self.level = logging.WARNING
+        self.level: int = logging.WARNING
+        """The least severe level that is written, as `logging` numbers it."""
         self.configured = False
 
 
-_state = _State()
+LOGGED = Logged()
 
 
 def log(component: str) -> Log:
@@ -97,17 +98,12 @@ def log(component: str) -> Log:
     return Log(component)
 
 
-def log_level() -> int:
-    """The least severe level that is written, as `logging` numbers it."""
-    return _state.level
-
-
 def configure_logging(settings: TelemetrySettings) -> None:
     """Send this process's events, and those of its libraries, to stderr; may be called again."""
     import structlog
 
-    _state.level = settings.log_level.number
-    _state.configured = True
+    LOGGED.level = settings.log_level.number
+    LOGGED.configured = True
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -116,7 +112,7 @@ def configure_logging(settings: TelemetrySettings) -> None:
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        wrapper_class=structlog.make_filtering_bound_logger(_state.level),
+        wrapper_class=structlog.make_filtering_bound_logger(LOGGED.level),
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
@@ -134,9 +130,9 @@ def configure_logging(settings: TelemetrySettings) -> None:
     for old in [h for h in root.handlers if isinstance(h, _ToStderr)]:
         root.removeHandler(old)
     root.addHandler(handler)
-    root.setLevel(_state.level)
+    root.setLevel(LOGGED.level)
     for name in _STDLIB_NOISE:
-        logging.getLogger(name).setLevel(max(_state.level, logging.WARNING))
+        logging.getLogger(name).setLevel(max(LOGGED.level, logging.WARNING))
 
 
 def _renderers(log_format: LogFormat) -> list[Processor]:

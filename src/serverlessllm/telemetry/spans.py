@@ -7,7 +7,7 @@ import logging
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from serverlessllm.telemetry.logs import log, log_level
+from serverlessllm.telemetry.logs import LOGGED, log
 from serverlessllm.telemetry.table import SPAN_SECONDS
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Span:
         SPAN_SECONDS.observe(self.seconds, self.name, outcome)
         if self._otel is not None:
             self._end_trace(outcome, kind, error, trace)
-        if self._level >= log_level() or outcome == "error":
+        if self._level >= LOGGED.level or outcome == "error":
             self._write(outcome, error)
 
     def _write(self, outcome: str, error: BaseException | None) -> None:

@@ -218,6 +218,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A model."""
 
     id: str
+    """The name that it was asked for by: its own, or an alias."""
+    root: str
+    """Its own name."""
     object: Literal["model"]
     created: int
     """Unix time."""

@@ -7,41 +7,23 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, Raw
 
-from serverlessllm.core.errors import InvalidRequest
-from serverlessllm.openai.request.errors import MissingParameter
 from serverlessllm.openai.request.fields import (
     AtLeastOne,
     Count,
     Identifier,
-    ParsedRequest,
     SampledFields,
-    at_most,
-    check_sampled,
-    items_at_most,
-    parsed,
 )
 from serverlessllm.openai.request.messages import (
-    AssistantMessage,
     Message,
     Text,
-    check_assistant,
 )
-from serverlessllm.openai.request.read import read_request
 from serverlessllm.openai.request.tools import (
     FunctionDefinition,
     Named,
     ResponseFormat,
-    SchemaAnswer,
     Tool,
     ToolChoice,
-    check_functions,
-    check_named,
-    check_needs_tools,
-    check_schema,
-    check_tool_choice,
-    check_tools,
 )
-from serverlessllm.openai.settings import RequestLimits
 
 MetadataKey: TypeAlias = Annotated[str, Meta(max_length=64)]
 MetadataValue: TypeAlias = Annotated[str, Meta(max_length=512)]
@@ -118,60 +100,3 @@ class ChatRequest(SampledFields, frozen=True, kw_only=True):
     """Deprecated for `tools`."""
     function_call: Literal["none", "auto"] | Named | None = None
     """Deprecated for `tool_choice`."""
-
-
-_decoder = msgspec.json.Decoder(ChatRequest)
-
-
-def parse_chat(body: bytes, limits: RequestLimits) -> ParsedRequest:
-    """Check a chat.
-
-    Raises:
-        InvalidJSON: not UTF-8, not JSON, nested too deep, or not an object.
-        InvalidRequest: a field is missing, of a wrong type or out of range; `param` names it.
-        InvalidModelName: the model's name cannot be one.
-    """
-    chat = read_request(_decoder, body, limits)
-    messages = chat.messages
-    if len(messages) > limits.messages_max:
-        items_at_most("messages", len(messages), limits.messages_max, "messages")
-    for place, message in enumerate(messages):
-        if message.__class__ is AssistantMessage:
-            check_assistant(place, message)
-    check_sampled(chat, limits)
-    if chat.tools is not None:
-        check_tools(chat.tools, limits)
-    _check_rare(chat, limits)
-    tokens_max = chat.max_completion_tokens
-    if tokens_max is not None:
-        at_most("max_completion_tokens", tokens_max, limits.max_tokens_max)
-    if chat.max_tokens is not None:
-        at_most("max_tokens", chat.max_tokens, limits.max_tokens_max)
-        tokens_max = tokens_max or chat.max_tokens
-    if tokens_max is not None:
-        tokens_max *= chat.n or 1
-    return parsed(chat, stream=chat.stream is True, answer_tokens_max=tokens_max)
-
-
-def _check_rare(chat: ChatRequest, limits: RequestLimits) -> None:
-    """What few requests say, and what it needs beside it."""
-    if chat.tool_choice is not None:
-        check_tool_choice(chat.tool_choice, chat.tools)
-    if chat.parallel_tool_calls is not None:
-        check_needs_tools("parallel_tool_calls", chat.tools)
-    if chat.top_logprobs:
-        at_most("top_logprobs", chat.top_logprobs, limits.top_logprobs_max)
-        if not chat.logprobs:
-            raise InvalidRequest(
-                "top_logprobs: only together with logprobs=true", param="top_logprobs"
-            )
-    form = chat.response_format
-    if form.__class__ is SchemaAnswer and form.json_schema.schema is not None:
-        check_schema("response_format.json_schema.schema", form.json_schema.schema, limits)
-    if chat.modalities is not None and "audio" in chat.modalities and chat.audio is None:
-        raise MissingParameter("audio: needed by modalities", param="audio")
-    if chat.functions is not None:
-        check_functions(chat.functions, limits)
-    if isinstance(chat.function_call, Named):
-        names = (function.name for function in chat.functions or ())
-        check_named("function_call.name", chat.function_call.name, names)

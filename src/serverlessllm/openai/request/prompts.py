@@ -7,8 +7,9 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 from msgspec import Meta, Raw
 
+from serverlessllm.openai.request.checks import items_at_most
 from serverlessllm.openai.request.errors import ArrayTooLong, EmptyArray, InvalidType, TextTooShort
-from serverlessllm.openai.request.fields import TokenId, items_at_most
+from serverlessllm.openai.request.fields import TokenId
 from serverlessllm.openai.request.read import explain
 from serverlessllm.openai.settings import RequestLimits
 

@@ -9,8 +9,8 @@ import msgspec
 from msgspec import Meta, Raw
 
 from serverlessllm.core.errors import InvalidRequest
+from serverlessllm.openai.request.checks import items_at_most
 from serverlessllm.openai.request.errors import InvalidValue, MissingParameter, ObjectTooLarge
-from serverlessllm.openai.request.fields import items_at_most
 from serverlessllm.openai.request.patterns import NAME
 from serverlessllm.openai.settings import RequestLimits
 

@@ -110,7 +110,7 @@ class Inference:
         link, exchange, lease = call.link, call.exchange, call.lease
         if link is None or exchange is None or lease is None:
             return False
-        if _REFUSED in link.head or not relay_whole(call.request, link):
+        if _refuses(link) or not relay_whole(call.request, link):
             return False
         call.status = link.status
         call.timing.first_byte_s = self._clock.now_s()
@@ -206,7 +206,7 @@ class Inference:
         try:
             with lease:
                 async with exchange as response:
-                    if _REFUSED in response.link.head:
+                    if _refuses(response.link):
                         await self._note_refusal(call, lease, response)
                         return False
                     await self._pass_on(call, lease, response)
@@ -323,6 +323,11 @@ class Inference:
             call.request.id_bytes,
             more,
         )
+
+
+def _refuses(link: Link) -> bool:
+    """Whether the agent says that it did nothing. (`in` would first try a number, and fail.)"""
+    return link.head.find(_REFUSED) >= 0
 
 
 def _wishes_of(request: Request) -> Wishes:

@@ -10,7 +10,6 @@ between two exchanges they may together admit more than the limit, and pay it ba
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Final
@@ -25,7 +24,8 @@ _MINUTE_S: Final = 60.0
 _BODY_BYTES_PER_TOKEN: Final = 4
 _EVENT_BYTES_PER_TOKEN: Final = 256
 """Of a stream that broke off: an event of one token is seldom shorter."""
-_USAGE: Final = re.compile(rf"\r\n{USAGE_HEADER}: (\d{{1,12}}) (\d{{1,12}})\r\n".encode())
+_USAGE: Final = f"\r\n{USAGE_HEADER}: ".encode()
+_COUNT_DIGITS_MAX: Final = 12
 _AT_ONCE_RETRY_S: Final = 1.0
 
 Spent = tuple[int, int]
@@ -49,7 +49,7 @@ class TokensLimited(TooManyRequests):
 class Bucket:
     """`per_minute` units at most, which come back evenly over a minute."""
 
-    __slots__ = ("_at_s", "_lines", "_rate", "left", "per_minute")
+    __slots__ = ("_at_s", "_before_left", "_before_reset", "_rate", "left", "per_minute")
 
     def __init__(self, name: str, per_minute: int, now_s: float) -> None:
         """`name` is what the header fields call its units."""
@@ -58,10 +58,10 @@ class Bucket:
         """As of the last look; negative: in debt."""
         self._rate = per_minute / _MINUTE_S
         self._at_s = now_s
-        self._lines = (
-            f"x-ratelimit-limit-{name}: {per_minute}\r\nx-ratelimit-remaining-{name}: %d\r\n"
-            f"x-ratelimit-reset-{name}: %b\r\n"
-        ).encode()
+        self._before_left = (
+            f"x-ratelimit-limit-{name}: {per_minute}\r\nx-ratelimit-remaining-{name}: "
+        )
+        self._before_reset = f"\r\nx-ratelimit-reset-{name}: "
 
     def look(self, now_s: float) -> float:
         """What is left now."""
@@ -88,8 +88,9 @@ class Bucket:
     def lines(self, now_s: float) -> bytes:
         """The header lines that tell a client what it has left."""
         left = self.look(now_s)
-        wait_s = (self.per_minute - left) / self._rate
-        return self._lines % (left if left > 0 else 0, reset(wait_s))  # noqa: FURB136 - hot
+        units = int(left) if left > 0 else 0
+        wait = reset((self.per_minute - left) / self._rate)
+        return f"{self._before_left}{units}{self._before_reset}{wait}\r\n".encode()
 
 
 class Usage:
@@ -174,9 +175,8 @@ class Usage:
             0 if self.tokens is None else self.tokens.missing(now_s) - self.spent_tokens,
         )
 
-    def lines(self) -> bytes:
+    def lines(self, now_s: float) -> bytes:
         """The header lines that tell a client what it has left."""
-        now_s = self._clock.now_s()
         requests, tokens = self.requests, self.tokens
         if tokens is None:
             return b"" if requests is None else requests.lines(now_s)
@@ -274,13 +274,24 @@ class Quotas:
 
 def tokens_used(head: bytes, trailers: bytes) -> tuple[int, int] | None:
     """Prompt and completion tokens, as an agent's answer says in its head or its trailers."""
-    said = _USAGE.search(b"\r\n" + trailers if trailers else head)
-    return None if said is None else (int(said[1]), int(said[2]))
+    lines = b"\r\n" + trailers if trailers else head
+    start = lines.find(_USAGE)
+    if start < 0:
+        return None
+    start += len(_USAGE)
+    prompt, _, completion = lines[start : lines.find(b"\r\n", start)].partition(b" ")
+    if not (_is_count(prompt) and _is_count(completion)):
+        return None
+    return int(prompt), int(completion)
 
 
-def reset(wait_s: float) -> bytes:
+def _is_count(digits: bytes) -> bool:
+    return len(digits) <= _COUNT_DIGITS_MAX and digits.isdigit()
+
+
+def reset(wait_s: float) -> str:
     """A duration as the OpenAI API writes it: `850ms`, `7s`, `6m0s`."""
     if wait_s < 1:
-        return b"%dms" % math.ceil(wait_s * 1000)
+        return f"{math.ceil(wait_s * 1000)}ms"
     seconds = math.ceil(wait_s)
-    return b"%ds" % seconds if seconds < 60 else b"%dm%ds" % divmod(seconds, 60)
+    return f"{seconds}s" if seconds < 60 else f"{seconds // 60}m{seconds % 60}s"

@@ -38,7 +38,7 @@ from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.tallies import Tallies
 from serverlessllm.orchestrator.timing import Timing, timing_lines
 from serverlessllm.orchestrator.view import ClusterView
-from serverlessllm.telemetry.logs import log, log_level
+from serverlessllm.telemetry.logs import LOGGED, log
 from serverlessllm.telemetry.metrics import CONTENT_TYPE
 from serverlessllm.telemetry.table import CLIENTS_GONE
 
@@ -169,10 +169,11 @@ class Routes:
 
     def answer_headers(self, request: Request) -> bytes:
         """The header lines of every answer: where its time went, what its key has left."""
-        lines = timing_lines(request.state, request.arrived_s, self._clock.now_s())
+        now_s = self._clock.now_s()
+        lines = timing_lines(request.state, request.arrived_s, now_s)
         caller = request.caller
         if isinstance(caller, Caller) and caller.usage is not None:
-            lines += caller.usage.lines()
+            lines += caller.usage.lines(now_s)
         return lines
 
     def running(self) -> dict[str, int]:
@@ -191,7 +192,7 @@ class Routes:
         if status == _GONE:
             CLIENTS_GONE.inc(path)
         self._tallies.of(path, model).count(status, seconds, request.arrived_s, known)
-        if log_level() <= logging.DEBUG:
+        if LOGGED.level <= logging.DEBUG:
             _log.debug("request", request=request.id, model=model, status=status, seconds=seconds)
 
     async def _other(self, request: Request) -> None:
