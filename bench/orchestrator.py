@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import tempfile
 
-from serverlessllm.bootstrap import serve_orchestrator
+from serverlessllm.bootstrap import Control, serve_orchestrator
 from serverlessllm.cli.signals import run
 from serverlessllm.config.load import Loaded, load
 from serverlessllm.core.apikeys import LIMIT_MAX, ApiKey, digest_of
@@ -52,10 +52,10 @@ def main() -> None:
                 "edge.drain_accept_s": 0,
             }
         )
-        run(lambda stop: serve(loaded, given.upstream, given.key, stop))
+        run(lambda control: serve(loaded, given.upstream, given.key, control))
 
 
-async def serve(loaded: Loaded, upstream_port: int, keys: list[str], stop: asyncio.Event) -> None:
+async def serve(loaded: Loaded, upstream_port: int, keys: list[str], control: Control) -> None:
     """The orchestrator, and the heart of its agent."""
     assert loaded.settings.metadata_url is not None
     metadata = open_metadata(loaded.settings.metadata_url, loaded.settings.metadata, SystemClock())
@@ -65,7 +65,7 @@ async def serve(loaded: Loaded, upstream_port: int, keys: list[str], stop: async
     await registry.put_model(ModelRecord(spec=ModelSpec(model=MODEL, backend="fake")))
     heart = asyncio.get_running_loop().create_task(beat(registry, upstream_port))
     try:
-        await serve_orchestrator(loaded, stop, print)
+        await serve_orchestrator(loaded, control, print)
     finally:
         heart.cancel()
         await asyncio.gather(heart, return_exceptions=True)

@@ -12,10 +12,10 @@ import gc
 import importlib.util
 import re
 import resource
-import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -50,39 +50,54 @@ _DESCRIPTORS_MAX = 1 << 20
 _log = log("bootstrap")
 
 OnReady = Callable[[Address], None]
-Stop = asyncio.Event
-"""Set when the process is asked to end: finish what runs, then return."""
 
 
-async def serve(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
-    """Orchestrator, ingestion and agent in this process, until `stop`."""
+class Control:
+    """What the operator of a process tells it while it serves."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        """Set when it is asked to end: finish what runs, then return."""
+        self.reload: Callable[[], None] = _nothing_to_reload
+        """Read again what may change while it serves."""
+
+
+def _nothing_to_reload() -> None:
+    _log.info("nothing to reload", hint="only a certificate is read again")
+
+
+async def serve(loaded: Loaded, control: Control, on_ready: OnReady) -> None:
+    """Orchestrator, ingestion and agent in this process, until it is told to stop."""
     listen, agent_listen = client_address(loaded), agent_address(loaded)
     grpc_address(loaded)  # refused, if it can be, before anything is started
     async with (
         _parts(loaded) as parts,
         _running(build_agent(parts, drain_accept_s=0.0), agent_listen) as (agent, _),
-        _orchestrator(parts, listen) as (orchestrator, address),
+        _orchestrator(parts, listen, control) as (orchestrator, address),
     ):
-        await _until(stop, address, on_ready)
+        await _until(control.stop, address, on_ready)
         # The front door first: its running answers need the agent.
         await orchestrator.drain()
         await agent.drain()
 
 
-async def serve_orchestrator(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
+async def serve_orchestrator(loaded: Loaded, control: Control, on_ready: OnReady) -> None:
     """The front door and ingestion; agents are other processes."""
     listen = client_address(loaded)
     grpc_address(loaded)  # refused, if it can be, before anything is started
-    async with _parts(loaded) as parts, _orchestrator(parts, listen) as (orchestrator, address):
-        await _until(stop, address, on_ready)
+    async with (
+        _parts(loaded) as parts,
+        _orchestrator(parts, listen, control) as (orchestrator, address),
+    ):
+        await _until(control.stop, address, on_ready)
         await orchestrator.drain()
 
 
-async def serve_agent(loaded: Loaded, stop: Stop, on_ready: OnReady) -> None:
+async def serve_agent(loaded: Loaded, control: Control, on_ready: OnReady) -> None:
     """One node's daemon; orchestrators find it through the metadata store."""
     listen = agent_address(loaded)
     async with _parts(loaded) as parts, _running(build_agent(parts), listen) as (agent, address):
-        await _until(stop, address, on_ready)
+        await _until(control.stop, address, on_ready)
         await agent.drain()
 
 
@@ -314,40 +329,36 @@ async def _parts(loaded: Loaded) -> AsyncIterator[Parts]:
 
 @asynccontextmanager
 async def _orchestrator(
-    parts: Parts, listen: Address
+    parts: Parts, listen: Address, control: Control
 ) -> AsyncIterator[tuple[Orchestrator, Address]]:
     """The front door with the ingestion behind it."""
     await register_demo(parts.registry)
     ingestion = build_ingestion(parts)
     try:
         await ingestion.start()
-        async with _running(build_orchestrator(parts, ingestion), listen) as (running, address):
-            if parts.loaded.settings.orchestrator.tls_certificate is None:
-                yield running, address
-                return
-            _reload_on_hangup(running)
-            yield running, Address(address.replace("http://", "https://", 1))
+        orchestrator = build_orchestrator(parts, ingestion)
+        if parts.loaded.settings.orchestrator.tls_certificate is not None:
+            # From before the certificate is first read: one renewed meanwhile is read again.
+            control.reload = partial(_reload_certificate, orchestrator)
+            scheme = "https"
+        else:
+            scheme = "http"
+        async with _running(orchestrator, listen) as (running, address):
+            yield running, Address(address.replace("http://", f"{scheme}://", 1))
     finally:
         await ingestion.close()
 
 
-def _reload_on_hangup(orchestrator: Orchestrator) -> None:
-    """SIGHUP: read the certificate again, as whoever renews it asks."""
-
-    def reload() -> None:
-        try:
-            orchestrator.reload_certificate()
-        except ValueError as error:
-            _log.error("certificate not reloaded", reason=str(error))
-        else:
-            _log.info("certificate reloaded")
-
-    # As long as the loop lives: whoever renews it does not know of a drain, which the signal's
-    # default would end.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+def _reload_certificate(orchestrator: Orchestrator) -> None:
+    try:
+        orchestrator.reload_certificate()
+    except ValueError as error:
+        _log.error("certificate not reloaded", reason=str(error))
+    else:
+        _log.info("certificate reloaded")
 
 
-async def _until(stop: Stop, address: Address, on_ready: OnReady) -> None:
+async def _until(stop: asyncio.Event, address: Address, on_ready: OnReady) -> None:
     """Say that all is ready, then wait for the signal."""
     # What start-up made stays for ever: the collector need never look at it again.
     gc.collect()

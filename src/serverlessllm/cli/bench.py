@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from serverlessllm.cli import options
+from serverlessllm.cli.endings import end_signals
 from serverlessllm.cli.failure import Failure
 from serverlessllm.cli.local import Checkpoint, open_local
 
@@ -114,16 +115,16 @@ def _measure(found: LocalCheckpoint, tier: Tier, rounds: int, disk: Path, loaded
 
 
 def _run(work: Coroutine[Any, Any, Report]) -> Report:
-    """Run to the end; SIGTERM, like SIGINT, ends it without leaving anything."""
+    """Run to the end; any signal to end, like SIGINT, ends it without leaving anything."""
     import asyncio
-    import signal
 
     import uvloop
 
     async def under_signals() -> Report:
         task = asyncio.current_task()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        for number in end_signals():
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         return await work
 
     try:

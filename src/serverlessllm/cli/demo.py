@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from serverlessllm.cli import options
+from serverlessllm.cli.endings import end_signals
 from serverlessllm.cli.failure import Failure
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def demo(
 ) -> None:
     """Start everything; chat cold, warm and hot."""
     _check_installed()
-    # `kill` of the demo must end the server too, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # `kill` of the demo must end the server too, as Ctrl-C does, and so must its terminal's end.
+    for number in end_signals():
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with _data_dir(data_dir) as directory, _server(port, directory) as (url, process):
         answered = _three_chats(url)
         if once:

@@ -26,6 +26,7 @@ from serverlessllm.backends.inside.quantize.messages import (
     QuantizeRequest,
     Report,
 )
+from serverlessllm.cli.endings import end_signals
 from serverlessllm.cli.failure import Failure
 
 _MODULE = "serverlessllm.backends.inside.quantize"
@@ -134,13 +135,14 @@ def _listen(
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM ends what runs inside as Ctrl-C does: what has to be removed is."""
+    """A signal to end ends what runs inside as Ctrl-C does: what has to be removed is."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in end_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

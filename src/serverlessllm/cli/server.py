@@ -10,12 +10,12 @@ from serverlessllm.cli import options
 from serverlessllm.cli.failure import Failure
 
 if TYPE_CHECKING:
-    from serverlessllm.bootstrap import Stop
+    from serverlessllm.bootstrap import Control
     from serverlessllm.config.load import Loaded
     from serverlessllm.core.ids import Address
 
     OnReady = Callable[[Address], None]
-    Main = Callable[[Loaded, Stop, OnReady], Awaitable[None]]
+    Main = Callable[[Loaded, Control, OnReady], Awaitable[None]]
 
 
 def front_door(find_main: Callable[[], Main], text: str) -> Callable[..., None]:
@@ -55,7 +55,7 @@ def run(loaded: Loaded, main: Main, *, free_port: str) -> None:
         print(f"ready on {address} (stop: Ctrl-C)", flush=True)
 
     try:
-        signals.run(lambda stop: main(loaded, stop, announce))
+        signals.run(lambda control: main(loaded, control, announce))
     except OSError as error:
         raise Failure(_what(error), _cure(error, free_port)) from error
     except Conflict as error:
