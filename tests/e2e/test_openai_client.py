@@ -83,6 +83,8 @@ def test_an_alias_serves_its_model(client):
     answer = client.chat.completions.create(model="small", messages=CHAT, max_tokens=2)
     assert answer.usage.completion_tokens > 0
     assert answer.model == "small"
+    shown = client.models.retrieve("small")
+    assert (shown.id, shown.root) == ("small", "tiny")
 
 
 def test_embeddings_in_base64(client):

@@ -206,8 +206,8 @@ async def test_models_are_listed(served):
     await c.register("b", aliases=["gpt-4o"])
     async with connected(c.front.grpc_address) as rpc:
         heard = await rpc.call(OPENAI, "ListModels", pb.ListModelsRequest())
-    models = {model.id: model.owned_by for model in heard.messages[0].models}
-    assert models == {"org/a": "org", "b": "serverlessllm"}
+    models = {model.id: (model.root, model.owned_by) for model in heard.messages[0].models}
+    assert models == {"org/a": ("org/a", "org"), "b": ("b", "serverlessllm")}
 
 
 async def test_a_watcher_sees_a_model_wake_and_wakes_none(served):
@@ -217,7 +217,8 @@ async def test_a_watcher_sees_a_model_wake_and_wakes_none(served):
     async with connected(c.front.grpc_address) as rpc:
         call = rpc.open(OPENAI, "WatchModel", [pb.WatchModelRequest(model="alias")])
         first = await read(call)
-        assert (first.model, first.state, first.agents_ready) == ("m", "cold", 0)
+        assert (first.model, first.root) == ("alias", "m")
+        assert (first.state, first.agents_ready) == ("cold", 0)
         assert c.agents[0].loads == []
         chat = asyncio.ensure_future(rpc.openai("ChatCompletions", CHAT))
         states = ["cold"]

@@ -281,6 +281,16 @@ async def test_statistics_count_what_was_asked_here(triton):
     assert figures.last_inference > 0
 
 
+async def test_statistics_of_an_alias_are_the_models(triton):
+    c, client = triton
+    await c.register("org/model", aliases=["short"])
+    await c.warm("org/model")
+    await client.infer("short", [text("text_input", "hi")])
+    for name in ("short", "org/model"):
+        (figures,) = (await client.get_inference_statistics(name)).model_stats
+        assert (figures.name, figures.inference_count) == (name, 1)
+
+
 async def test_what_cannot_be_asked_for_is_an_invalid_argument(served):
     c = await served()
     twice = infer(("text_input", "a"), ("text_input", "b"))

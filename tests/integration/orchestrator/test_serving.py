@@ -164,7 +164,11 @@ async def test_an_alias_reaches_its_model(cluster):
     await c.register("org/model", aliases=["short"])
     await c.warm("org/model")
     assert (await c.chat("short")).status == 200
-    assert (await c.ask("/v1/models/short")).json()["id"] == "org/model"
+    async with openai.AsyncOpenAI(base_url=f"{c.url}/v1", api_key="any", max_retries=0) as client:
+        for name in ("short", "org/model"):
+            shown = await client.models.retrieve(name)
+            assert (shown.id, shown.root, shown.owned_by) == (name, "org/model", "org")
+        assert [(m.id, m.root) async for m in client.models.list()] == [("org/model", "org/model")]
 
 
 async def test_warm_requests_read_nothing_from_the_metadata_store(cluster):

@@ -74,7 +74,12 @@ class OpenAI:
         listed = _models.decode(await self._asking.whole(call, "GET", "/v1/models"))
         return ListModelsResponse(
             models=[
-                Model(id=model.id, created_s=model.created, owned_by=model.owned_by)
+                Model(
+                    id=model.id,
+                    created_s=model.created,
+                    owned_by=model.owned_by,
+                    root=model.root,
+                )
                 for model in listed.data
             ]
         )
@@ -82,8 +87,8 @@ class OpenAI:
     async def _watch_model(self, call: Call) -> None:
         request = await call.receive(WatchModelRequest)
         model = await known_model(self._asking, call, request.model)
-        async for status in self._watching.changes(model.id):
-            await call.send(_status(status))
+        async for status in self._watching.changes(model.root):
+            await call.send(_status(model.id, status))
 
 
 async def known_model(asking: Asking, call: Call, name: str) -> ModelObject:
@@ -131,9 +136,10 @@ def _error(failure: Failure) -> Error:
     )
 
 
-def _status(status: Status) -> ModelStatus:
+def _status(name: str, status: Status) -> ModelStatus:
     return ModelStatus(
-        model=status.model,
+        model=name,
+        root=status.model,
         state=status.state,
         stage=status.stage,
         bytes_done=status.bytes_done,

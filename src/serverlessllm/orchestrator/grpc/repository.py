@@ -10,7 +10,6 @@ from serverlessllm import __version__
 from serverlessllm.core.agentapi import LoadEvent
 from serverlessllm.core.errors import BackendDied, InvalidRequest
 from serverlessllm.core.failures import error_of
-from serverlessllm.core.ids import ModelId
 from serverlessllm.orchestrator.grpc.asking import Asking
 from serverlessllm.orchestrator.grpc.calls import Call, Serve, one
 from serverlessllm.orchestrator.grpc.openai import known_model, known_models
@@ -110,7 +109,7 @@ class Repository:
     ) -> pb.ModelConfigResponse:
         check_version(request.name, request.version)
         model = await known_model(self._asking, call, request.name)
-        record = self._view.models.get(model.id)
+        record = self._view.models.get(model.root)
         config = pb.ModelConfig(
             name=request.name,
             platform=_PLATFORM,
@@ -136,7 +135,7 @@ class Repository:
         else:
             models = [*await known_models(self._asking, call)]
         return pb.ModelStatisticsResponse(
-            model_stats=[_figures(model.id, self._statistics.of(model.id)) for model in models]
+            model_stats=[_figures(model.id, self._statistics.of(model.root)) for model in models]
         )
 
     async def _index(
@@ -145,7 +144,7 @@ class Repository:
         _check_repository(request.repository_name)
         response = pb.RepositoryIndexResponse()
         for model in await known_models(self._asking, call):
-            state = self._watching.status(model.id).state
+            state = self._watching.status(model.root).state
             if state == READY:
                 response.models.add(name=model.id, version=VERSION, state="READY")
             elif not request.ready:
@@ -181,11 +180,11 @@ class Repository:
         return pb.RepositoryModelUnloadResponse()
 
 
-def _figures(model: ModelId, figures: Figures) -> pb.ModelStatistics:
+def _figures(name: str, figures: Figures) -> pb.ModelStatistics:
     success = pb.StatisticDuration(count=figures.success, ns=int(figures.success_s * 1e9))
     fail = pb.StatisticDuration(count=figures.fail, ns=int(figures.fail_s * 1e9))
     return pb.ModelStatistics(
-        name=model,
+        name=name,
         version=VERSION,
         last_inference=figures.last_ms,
         inference_count=figures.success,

@@ -70,7 +70,7 @@ class Models:
             message = unknown_model(name, self._settings, self._view, names)
             raise ModelNotFound(message, param="model")
         status = _told(status_of(model, self._view, self._room))
-        one = model_object(model, self._view.models[model].created_s, status)
+        one = model_object(model, self._view.models[model].created_s, status, name=name)
         request.respond(_OK, _JSON, model_body(one))
 
 

@@ -69,14 +69,16 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "created_s", "owned_by")
+    __slots__ = ("id", "created_s", "owned_by", "root")
     ID_FIELD_NUMBER: _ClassVar[int]
     CREATED_S_FIELD_NUMBER: _ClassVar[int]
     OWNED_BY_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
     id: str
     created_s: int
     owned_by: str
-    def __init__(self, id: _Optional[str] = ..., created_s: _Optional[int] = ..., owned_by: _Optional[str] = ...) -> None: ...
+    root: str
+    def __init__(self, id: _Optional[str] = ..., created_s: _Optional[int] = ..., owned_by: _Optional[str] = ..., root: _Optional[str] = ...) -> None: ...
 
 class WatchModelRequest(_message.Message):
     __slots__ = ("model",)
@@ -85,7 +87,7 @@ class WatchModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("model", "state", "stage", "bytes_done", "bytes_total", "eta_s", "agents_ready", "cache_level")
+    __slots__ = ("model", "state", "stage", "bytes_done", "bytes_total", "eta_s", "agents_ready", "cache_level", "root")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +96,7 @@ class ModelStatus(_message.Message):
     ETA_S_FIELD_NUMBER: _ClassVar[int]
     AGENTS_READY_FIELD_NUMBER: _ClassVar[int]
     CACHE_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
     model: str
     state: str
     stage: str
@@ -102,4 +105,5 @@ class ModelStatus(_message.Message):
     eta_s: float
     agents_ready: int
     cache_level: str
-    def __init__(self, model: _Optional[str] = ..., state: _Optional[str] = ..., stage: _Optional[str] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., eta_s: _Optional[float] = ..., agents_ready: _Optional[int] = ..., cache_level: _Optional[str] = ...) -> None: ...
+    root: str
+    def __init__(self, model: _Optional[str] = ..., state: _Optional[str] = ..., stage: _Optional[str] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., eta_s: _Optional[float] = ..., agents_ready: _Optional[int] = ..., cache_level: _Optional[str] = ..., root: _Optional[str] = ...) -> None: ...
