@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import resource
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,6 +34,7 @@ _RESULTS = ROOT / "bench" / "results" / "edge.json"
 def main() -> None:
     """Run, print tables and bounds; fails when a bound does not hold."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and the processes with it
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     loads = [load for load in LOADS if not options.load or load.name in options.load]

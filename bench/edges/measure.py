@@ -35,6 +35,8 @@ _SPREAD_S, _SETTLE_S = 5.0, 6.0
 """Of slow clients: until all have come, and their streams of 256 chunks have been sent."""
 _PIECES, _PIECE_S = 3, 2.0
 """Of good traffic, one state at a time."""
+_LATE_S = 60.0
+"""After its time, a load has surely ended."""
 _CALM_S = 1.5
 """After 2,000 connections have gone."""
 _HERE = Path(__file__).parent
@@ -253,7 +255,12 @@ class Bench:
             *(str(self._load), f"127.0.0.1:{port}", str(load.connections), str(load.rate)),
             *(str(seconds), str(self._folder / f"{load.stream}.json"), *_HEADERS),
         ]
-        found = subprocess.run(command, check=False, capture_output=True, text=True)
+        try:
+            found = subprocess.run(
+                command, check=False, capture_output=True, text=True, timeout=seconds + _LATE_S
+            )
+        except subprocess.TimeoutExpired as late:
+            raise TimeoutError("the load does not come to its end") from late
         if found.returncode:
             raise TimeoutError(f"it takes no connection: {found.stderr.strip()}")
         return msgspec.json.decode(found.stdout, type=_Answer)
