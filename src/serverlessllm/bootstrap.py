@@ -32,6 +32,7 @@ from serverlessllm.core.errors import Conflict
 from serverlessllm.core.ids import Address, AgentId, ModelId, parse_agent_id
 from serverlessllm.core.models import ModelRecord, ModelSpec
 from serverlessllm.core.units import format_count
+from serverlessllm.edge.tls import server_tls
 from serverlessllm.ingest.service import Ingestion
 from serverlessllm.loader.device import open_accelerator
 from serverlessllm.loader.service import Loader
@@ -68,8 +69,7 @@ def _nothing_to_reload() -> None:
 
 async def serve(loaded: Loaded, control: Control, on_ready: OnReady) -> None:
     """Orchestrator, ingestion and agent in this process, until it is told to stop."""
-    listen, agent_listen = client_address(loaded), agent_address(loaded)
-    grpc_address(loaded)  # refused, if it can be, before anything is started
+    listen, agent_listen = _front_address(loaded), agent_address(loaded)
     async with (
         _parts(loaded) as parts,
         _running(build_agent(parts, drain_accept_s=0.0), agent_listen) as (agent, _),
@@ -83,8 +83,7 @@ async def serve(loaded: Loaded, control: Control, on_ready: OnReady) -> None:
 
 async def serve_orchestrator(loaded: Loaded, control: Control, on_ready: OnReady) -> None:
     """The front door and ingestion; agents are other processes."""
-    listen = client_address(loaded)
-    grpc_address(loaded)  # refused, if it can be, before anything is started
+    listen = _front_address(loaded)
     async with (
         _parts(loaded) as parts,
         _orchestrator(parts, listen, control) as (orchestrator, address),
@@ -218,19 +217,30 @@ async def register_demo(registry: Registry) -> None:
 
 
 def check(loaded: Loaded) -> None:
-    """Look at what only a start would look at: addresses, names and URLs. Makes nothing.
+    """Look at what only a start would look at: addresses, names, URLs, certificates. Makes nothing.
 
     Raises:
         ValueError, SLLMError: what `serve` would refuse.
     """
-    client_address(loaded)
-    grpc_address(loaded)
+    _front_address(loaded)
     agent_address(loaded)
     agent_id(loaded.settings.agent.id)
     open_metadata(loaded.metadata_url, loaded.settings.metadata, SystemClock())
     url = loaded.store_url
     if urlsplit(url).scheme != "file":  # a folder would be made
         open_store(url, loaded.settings.store, SystemClock())
+
+
+def _front_address(loaded: Loaded) -> Address:
+    """Where clients are served. What it would refuse is refused before anything is started."""
+    listen, settings = client_address(loaded), loaded.settings.orchestrator
+    if grpc_address(loaded) == listen and not listen.endswith(":0"):
+        raise ValueError(f"{listen}: HTTP and gRPC cannot share a port, give each its own")
+    try:
+        server_tls(settings.tls_certificate, settings.tls_key)
+    except ValueError as error:
+        raise ValueError(f"orchestrator.tls_certificate and tls_key: {error}") from error
+    return listen
 
 
 async def probe_store(loaded: Loaded) -> str:

@@ -37,7 +37,7 @@ def front_door(find_main: Callable[[], Main], text: str) -> Callable[..., None]:
             "orchestrator__grpc_listen": grpc,
         }
         loaded = _settings(host, port, data_dir, config, overrides, chosen)
-        run(loaded, find_main(), free_port="--port 0")
+        run(loaded, find_main(), free_port="--port 0 (gRPC: --grpc 127.0.0.1:0)")
 
     verb.__doc__ = text
     return verb
@@ -65,13 +65,24 @@ def run(loaded: Loaded, main: Main, *, free_port: str) -> None:
     except SLLMError as error:
         raise Failure(error.message, "`sllm doctor` looks at what this machine lacks") from error
     except ValueError as error:
-        raise Failure(str(error), exit_status=2) from error
+        cure = "`sllm config example` explains every setting"
+        raise Failure(str(error), cure, exit_status=2) from error
 
 
 def _what(error: OSError) -> str:
-    """The error in words, with the path it is about, without its number."""
+    """The error in words, with the path or the address it is about, without its number."""
+    import os
+    import re
+
     reason = error.strerror or str(error)
-    return f"{error.filename}: {reason}" if error.filename else reason
+    if error.filename:
+        return f"{error.filename}: {reason}"
+    # asyncio says it in Python's words: `… on address ('127.0.0.1', 8000): …`
+    address = re.search(r"address \('(.+?)', (\d+)", reason)
+    if address is None or error.errno is None:
+        return reason
+    what = "gRPC on " if reason.startswith("gRPC") else ""
+    return f"{what}{address[1]}:{address[2]}: {os.strerror(error.errno).lower()}"
 
 
 def _cure(error: OSError, free_port: str) -> str:

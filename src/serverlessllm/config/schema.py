@@ -64,6 +64,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
         if isinstance(kind, type) and issubclass(kind, enum.Enum):
             text = "one of " + ", ".join(str(member.value) for member in kind)
         else:
+            kind = getattr(kind, "__supertype__", kind)  # what a NewType is made of
             text = _EXPECTED.get(
                 _unit(self.name) or typing.get_origin(kind) or kind, "a value of its type"
             )

@@ -120,7 +120,10 @@ async def test_a_damaged_database_is_said(loaded):
     [
         ("orchestrator.listen", "nowhere", "write host:port"),
         ("orchestrator.listen", "0.0.0.0:80", "--allow-remote"),
-        ("agent.listen", "nowhere", "write host:port"),
+        ("orchestrator.grpc_listen", "8001", "orchestrator.grpc_listen '8001': write host:port"),
+        ("orchestrator.grpc_listen", "127.0.0.1:8000", "cannot share a port"),
+        ("agent.listen", "nowhere", "agent.listen 'nowhere': write host:port"),
+        ("agent.listen", "0.0.0.0:80", "cluster token"),
         ("agent.id", "a b", "agent id"),
         ("metadata_url", "redis://x", "only sqlite"),
         ("store_url", "ftp://x", "use one of file://"),
@@ -132,3 +135,12 @@ def test_a_check_refuses_what_a_start_would(loaded, tmp_path, key, value, said):
     with pytest.raises((ValueError, SLLMError), match=said):
         bootstrap.check(load(environ={}, cwd=tmp_path, overrides=overrides))
     assert not loaded.paths.data_dir.exists()
+
+
+def test_a_check_reads_the_certificate(loaded, tmp_path):
+    overrides = {"data_dir": str(tmp_path / "data")}
+    files = {
+        f"orchestrator.tls_{name}": str(tmp_path / "none.pem") for name in ("certificate", "key")
+    }
+    with pytest.raises(ValueError, match=r"orchestrator\.tls_certificate .* cannot be read"):
+        bootstrap.check(load(environ={}, cwd=tmp_path, overrides=overrides | files))
