@@ -15,8 +15,9 @@ from serverlessllm.agent.instance import Instance
 from serverlessllm.agent.operations import InstanceEngine
 from serverlessllm.agent.settings import AgentSettings
 from serverlessllm.backends.dialect import Composed, Operation, check_operation
+from serverlessllm.core.agentapi import ANSWER_HEADER
 from serverlessllm.core.clock import wall_s
-from serverlessllm.core.errors import BackendDied, SLLMError
+from serverlessllm.core.errors import BackendDied, InvalidRequest, SLLMError
 from serverlessllm.edge.relay import relay
 from serverlessllm.edge.server import Request
 from serverlessllm.edge.upstream import UpstreamError, Upstreams
@@ -96,10 +97,10 @@ class Serving:
                 elif asked is None:
                     await relay(request, response, error_event=_DIED_EVENT)
                 elif asked.stream:
-                    await pass_stream(request, response, asked, _stamp())
+                    await pass_stream(request, response, asked, _stamp(request))
                 else:
                     bytes_max = self._settings.answer_bytes_max
-                    await pass_whole(request, response, asked, _stamp(), bytes_max)
+                    await pass_whole(request, response, asked, _stamp(request), bytes_max)
             finally:
                 activity.answers.discard(response)
                 activity.ended += 1
@@ -117,7 +118,7 @@ class Serving:
         )
         pieces = composed(engine)
         if asked is not None and asked.stream:
-            await pass_composed(request, pieces, asked, _stamp())
+            await pass_composed(request, pieces, asked, _stamp(request))
             return
         try:
             body = b"".join([piece async for piece in pieces])
@@ -129,8 +130,14 @@ class Serving:
         if asked is None:
             request.respond(_OK, _JSON, body)
         else:
-            await respond_whole(request, body, asked, _stamp())
+            await respond_whole(request, body, asked, _stamp(request))
 
 
-def _stamp() -> Stamp:
-    return Stamp(f"{_name_prefix}{next(_count):x}", wall_s())
+def _stamp(request: Request) -> Stamp:
+    promised = request.headers.get(ANSWER_HEADER)
+    if promised is None:
+        return Stamp(f"{_name_prefix}{next(_count):x}", wall_s())
+    name, _, created_s = promised.partition(" ")
+    if not (name and created_s.isdecimal()):
+        raise InvalidRequest(f"header {ANSWER_HEADER}: a name and a Unix time")
+    return Stamp(name, int(created_s), promised=True)

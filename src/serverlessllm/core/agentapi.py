@@ -19,6 +19,9 @@ KEEP_ALIVE_HEADER = "x-sllm-keep-alive"
 """Seconds as decimal text; this request's own keep_alive."""
 USAGE_HEADER = "x-sllm-usage"
 """`PROMPT COMPLETION` in tokens: of an agent's whole answer a header, of its stream a trailer."""
+ANSWER_HEADER = "x-sllm-answer"
+"""`NAME CREATED`: what a stream's chunks are called and when it was created (Unix time), where its
+client has been told of a load in chunks of that name already."""
 REFUSED_HEADER = "x-sllm-refused"
 """Set by an agent on an answer of its own (never a backend's): the error code. Nothing ran, so
 the orchestrator may ask another agent."""

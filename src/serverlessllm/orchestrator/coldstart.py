@@ -20,6 +20,7 @@ from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import SLLMError, TooManyRequests, Unavailable
 from serverlessllm.core.failures import record_of
 from serverlessllm.core.ids import AgentId, Epoch, ModelId
+from serverlessllm.orchestrator.listeners import Listeners
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.orchestrator.waits import settled
 from serverlessllm.telemetry.logs import log
@@ -174,6 +175,7 @@ class WaitingRoom:
         self._loads = loads
         self._settings = settings
         self._clock = clock
+        self.listeners = Listeners()
         self._loadings: dict[ModelId, _Loading] = {}
         self._arriving: dict[ModelId, _Loading] = {}
         """Loads whose instance takes requests although its bytes still move."""

@@ -12,7 +12,13 @@ import pytest
 
 from serverlessllm.agent.operations import InstanceEngine
 from serverlessllm.backends.dialect import Operation
-from serverlessllm.core.agentapi import MODEL_HEADER, REFUSED_HEADER, TOKEN_HEADER, USAGE_HEADER
+from serverlessllm.core.agentapi import (
+    ANSWER_HEADER,
+    MODEL_HEADER,
+    REFUSED_HEADER,
+    TOKEN_HEADER,
+    USAGE_HEADER,
+)
 from serverlessllm.core.clock import SystemClock
 from serverlessllm.core.ids import Address, ModelId
 from serverlessllm.core.models import ModelSpec
@@ -192,6 +198,25 @@ async def test_each_event_comes_out_before_the_next_goes_in(
                 heard.put_nowait(None)
                 contents.append(json.loads(line[6:])["choices"][0]["delta"].get("content"))
     assert contents == ["", "a", "b", None]
+
+
+async def test_a_name_that_the_client_has_seen_is_kept(engine: Engine, agent: AgentClient) -> None:
+    named = b'data: {"id":"chatcmpl-own","created":7,"choices":[{"index":0,"delta":{}}]}\n\n'
+    engine.says(named, END + DONE)
+    for promised, status in (("name 1700000000", 200), ("name", 400), (" 1", 400), ("n x", 400)):
+        async with agent.send(
+            "POST",
+            "/v1/chat/completions",
+            chat_body(MODEL, stream=True),
+            **{MODEL_HEADER: MODEL, ANSWER_HEADER: promised},
+        ) as response:
+            assert response.status == status
+            if status == 200:
+                lines = [line[6:] async for line in response.lines() if line[:7] == b"data: {"]
+                seen = {(chunk["id"], chunk["created"]) for chunk in map(json.loads, lines)}
+                assert seen == {("chatcmpl-name", 1_700_000_000)}
+            else:
+                assert json.loads(await response.read())["error"]["code"] == "invalid_request"
 
 
 @pytest.mark.parametrize(

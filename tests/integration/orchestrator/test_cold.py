@@ -146,7 +146,7 @@ async def test_a_client_that_drops_comments_is_told_by_chunks(cluster):
             assert b"\n: " not in line
             seen.append(json.loads(line.partition(b"data: ")[2]))
         (name,) = {chunk["id"] for chunk in seen}
-        assert name.startswith("chatcmpl-req-" if kind is ChatCompletionChunk else "cmpl-req-")
+        assert name.startswith("chatcmpl-" if kind is ChatCompletionChunk else "cmpl-")
         for chunk in seen:
             (choice,) = chunk["choices"]
             assert choice.get("delta", choice.get("text")) in ({}, "")

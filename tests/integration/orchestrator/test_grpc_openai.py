@@ -10,7 +10,8 @@ import pytest
 
 from serverlessllm.core.errors import LoadFailed
 from serverlessllm.orchestrator.grpc.proto import serverlessllm_pb2 as pb
-from serverlessllm.testing.rpc import OPENAI, connected, read
+from serverlessllm.testing.rpc import OPENAI, connected, read, read_all
+from serverlessllm.testing.rpc import heard as outcome
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -129,6 +130,119 @@ async def test_a_cold_model_tells_its_progress_and_then_answers(served):
     assert (progress.stage, progress.bytes_done, progress.bytes_total) == ("nvme→dram", 5, 10)
     assert seen[0] == "progress"
     assert [kind for kind in seen if kind != "progress"] == ["chunk"] * 3
+
+
+COLD = [
+    ("ChatCompletions", CHAT),
+    ("Completions", {"model": "m", "prompt": "hi"}),
+    ("Embeddings", {"model": "m", "input": "hi"}),
+]
+
+
+async def waiting(c, rpc, method="ChatCompletions", body=CHAT, **metadata):
+    """A call whose model loads, which has been told so; and what it was told."""
+    call = rpc.open(
+        OPENAI,
+        method,
+        [pb.InferenceRequest(json=json.dumps(body))],
+        metadata=tuple((name.replace("_", "-"), value) for name, value in metadata.items()),
+    )
+    while True:
+        event = await read(call)
+        assert event.WhichOneof("event") == "progress"
+        if event.progress.bytes_total:
+            return call, event.progress
+
+
+@pytest.mark.parametrize(("method", "body"), COLD)
+async def test_an_answer_that_comes_whole_tells_its_progress_too(served, method, body):
+    c = await served(comment_interval_s=0.02, stream_grace_s=0.01)
+    await c.register("m")
+    c.agents[0].load_gate.clear()
+    async with connected(c.front.grpc_address) as rpc:
+        call, progress = await waiting(c, rpc, method, body, x_request_id="mine")
+        assert (progress.state, progress.stage) == ("loading", "nvme→dram")
+        assert (progress.bytes_done, progress.bytes_total) == (5, 10)
+        assert not progress.HasField("eta_s")
+        c.agents[0].load_gate.set()
+        heard = await outcome(call, await read_all(call))
+    assert heard.code is grpc.StatusCode.OK
+    assert [kind for kind in kinds(heard) if kind != "progress"] == ["chunk"]
+    assert heard.initial["x-request-id"] == heard.trailing["x-request-id"] == "mine"
+    assert {"server-timing", "openai-processing-ms"} <= heard.trailing.keys()
+    assert not c.front._room.listeners._listeners
+
+
+async def test_what_fails_quickly_or_is_warm_tells_no_progress(served):
+    c = await served(comment_interval_s=0.02, stream_grace_s=60.0)
+    await c.register("m")
+    async with connected(c.front.grpc_address) as rpc:
+        for _ in range(2):  # cold, but sooner ready than anything is told; warm
+            assert kinds(await rpc.openai("ChatCompletions", CHAT)) == ["chunk"]
+
+
+async def test_a_client_that_leaves_while_it_waits_leaves_nothing_behind(served):
+    c = await served(comment_interval_s=0.02, stream_grace_s=0.01)
+    await c.register("m")
+    agent = c.agents[0]
+    agent.load_gate.clear()
+    async with connected(c.front.grpc_address) as rpc:
+        call, _ = await waiting(c, rpc)
+        call.cancel()
+        await c.until(lambda: agent.cancelled == 1)  # nobody else wanted the load
+        await c.until(lambda: c.front._room.waiting == 0)
+        await c.until(lambda: not c.front._room.listeners._listeners)
+        agent.load_gate.set()
+        assert (await rpc.openai("ChatCompletions", CHAT)).code is grpc.StatusCode.OK
+    assert len(agent.loads) == 2
+
+
+async def test_others_wait_on_when_one_client_leaves(served):
+    c = await served(comment_interval_s=0.02, stream_grace_s=0.01)
+    await c.register("m")
+    c.agents[0].load_gate.clear()
+    async with connected(c.front.grpc_address) as rpc:
+        (call, _), (other, _) = await asyncio.gather(waiting(c, rpc), waiting(c, rpc))
+        call.cancel()
+        await c.until(lambda: c.front._room.waiting == 1)
+        c.agents[0].load_gate.set()
+        heard = await outcome(other, await read_all(other))
+    assert (kinds(heard)[-1], heard.code) == ("chunk", grpc.StatusCode.OK)
+    assert len(c.agents[0].loads) == 1
+
+
+async def test_a_load_that_fails_after_progress_ends_the_call_with_its_error(served):
+    c = await served(comment_interval_s=0.02, stream_grace_s=0.01, load_agents_max=1)
+    await c.register("m")
+    c.agents[0].load_gate.clear()
+    async with connected(c.front.grpc_address) as rpc:
+        call, _ = await waiting(c, rpc, "Embeddings", {"model": "m", "input": "hi"})
+        c.agents[0].load_error = LoadFailed("the engine said no")
+        c.agents[0].load_gate.set()
+        heard = await outcome(call, await read_all(call))
+    assert heard.code is grpc.StatusCode.UNAVAILABLE
+    assert heard.messages[-1].error.code == heard.trailing["x-sllm-code"] == "load_failed"
+    assert chunks(heard) == []
+
+
+async def test_progress_ends_with_the_wait(served):
+    c = await served(comment_interval_s=0.02, stream_grace_s=0.01)
+    await c.register("m")
+    c.agents[0].load_gate.clear()
+    async with connected(c.front.grpc_address) as rpc:
+        heard = await rpc.openai("ChatCompletions", CHAT, metadata=(("x-sllm-wait", "0.5"),))
+    assert heard.code is grpc.StatusCode.UNAVAILABLE
+    assert set(kinds(heard)[:-1]) <= {"progress"}
+    error = heard.messages[-1].error
+    assert (error.code, error.loading.bytes_total) == ("model_loading", 10)
+    assert c.front._room.waiting == 0
+    c.agents[0].load_gate.set()
+
+
+async def test_a_listener_of_nobody_is_nobody(served):
+    c = await served(comment_interval_s=0.02, stream_grace_s=0.0)
+    await c.register("m")
+    assert (await c.chat("m", headers=(("x-sllm-listener", "0" * 32),))).status == 200
 
 
 async def test_a_wait_of_nothing_is_told_how_far_the_load_is(served):

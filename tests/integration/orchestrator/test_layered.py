@@ -7,6 +7,7 @@ import contextlib
 import json
 from functools import partial
 
+import grpc
 import pytest
 from crc32c import crc32c
 
@@ -16,8 +17,10 @@ from serverlessllm.core.ids import Address, ModelId
 from serverlessllm.core.models import ModelRecord, ModelSpec
 from serverlessllm.edge.settings import UpstreamSettings
 from serverlessllm.edge.upstream import Upstreams
+from serverlessllm.orchestrator.grpc.proto.serverlessllm_pb2 import InferenceRequest
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.testing.cluster import ClusterSettings, running
+from serverlessllm.testing.rpc import OPENAI, connected, read, read_all
 from serverlessllm.testing.stores import CHUNK_BYTES, GatedStore, publish_random
 from serverlessllm.testing.waiting import eventually
 
@@ -93,6 +96,25 @@ async def test_its_first_token_comes_before_its_last_byte():
 
         await eventually(complete, within_s=20.0)
         assert early_bytes < size_bytes
+
+
+async def test_a_grpc_client_of_a_whole_answer_is_told_while_it_is_being_given():
+    settings = {"grpc_listen": "http://127.0.0.1:0"}
+    async with (
+        cluster_of(0, **settings) as (cluster, store, _, said),
+        connected(cluster.front.grpc_address) as rpc,
+    ):
+        asked = InferenceRequest(json=ASK_WHOLE.decode())
+        call = rpc.open(OPENAI, "Completions", [asked])
+        assert (await read(call)).HasField("progress")
+        await until_ready_early(cluster)
+        store.let(2 * CHUNK_BYTES)
+        while not (await read(call)).progress.bytes_done:
+            pass
+        store.let()
+        *_, last = await read_all(call)
+        assert await call.code() is grpc.StatusCode.OK
+        assert json.loads(last.chunk.json)["choices"][0]["text"] == "".join(said)
 
 
 class Reading:

@@ -12,8 +12,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.testing.checkpoints import write_random_gguf
-from serverlessllm.testing.cluster import running
+from serverlessllm.testing.cluster import ClusterSettings, running
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -47,6 +48,29 @@ async def test_a_fake_model_cold_and_warm_for_an_openai_client(client_of):
             assert "".join(parts)
         whole = await client.chat.completions.create(model="m", messages=HELLO)
         assert whole.choices[0].message.content == "".join(parts)
+
+
+@pytest.mark.parametrize("route", ["chat", "completions"])
+async def test_a_cold_stream_in_chunks_is_one_answer(client_of, route):
+    """Clients that tell answers apart by `id` see one, from its first progress to its end."""
+    front = OrchestratorSettings(comment_interval_s=0.02, stream_grace_s=0.0)
+    async with (
+        running(settings=ClusterSettings(orchestrator=front)) as cluster,
+        client_of(cluster.url) as client,
+    ):
+        await create(client, "m", options={"tokens": "4", "start_s": "0.2"})
+        asked = {"model": "m", "stream": True, "extra_headers": {"x-sllm-progress": "chunk"}}
+        for cold in (True, False):
+            if route == "chat":
+                stream = await client.chat.completions.create(messages=HELLO, **asked)
+            else:
+                stream = await client.completions.create(prompt="hello", **asked)
+            chunks = [chunk async for chunk in stream]
+            ((name, _),) = {(chunk.id, chunk.created) for chunk in chunks}
+            assert name.startswith("chatcmpl-" if route == "chat" else "cmpl-")
+            assert chunks[-1].choices[0].finish_reason
+            told = [chunk for chunk in chunks if chunk.model_extra.get("loading")]
+            assert bool(told) is cold
 
 
 async def test_two_hundred_clients_one_ingest_one_load(client_of, tmp_path):

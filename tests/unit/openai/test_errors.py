@@ -168,7 +168,8 @@ def test_progress_is_a_comment() -> None:
 def test_models_as_the_api_shows_them() -> None:
     one = model_object(ModelId("org/name@rev"), 123)
     assert json.loads(model_body(one)) == {
-        "id": "org/name@rev", "root": "org/name@rev", "object": "model", "created": 123, "owned_by": "org",
+        "id": "org/name@rev", "root": "org/name@rev", "object": "model", "created": 123,
+        "owned_by": "org",
     }  # fmt: skip
     alias = json.loads(model_body(model_object(ModelId("org/name@rev"), 123, name="short")))
     assert (alias["id"], alias["root"], alias["owned_by"]) == ("short", "org/name@rev", "org")

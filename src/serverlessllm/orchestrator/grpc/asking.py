@@ -20,6 +20,7 @@ from serverlessllm.orchestrator.grpc.statuses import (
     failure_in,
     failure_in_event,
 )
+from serverlessllm.orchestrator.listeners import LISTENER_HEADER
 from serverlessllm.orchestrator.rest.front import Front
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 
@@ -69,16 +70,20 @@ class Asking:
 
     @asynccontextmanager
     async def ask(
-        self, call: Asker, method: str, path: str, body: bytes = b""
+        self, call: Asker, method: str, path: str, body: bytes = b"", *, listener: str | None = None
     ) -> AsyncIterator[Response]:
-        """A good answer; leaving before its end cancels it.
+        """A good answer; leaving before its end cancels it. The listener of that name is told how
+        far a load is that an answer without a stream waits for.
 
         Raises:
             Refused: the answer is an error.
             SLLMError: there is no (whole) answer.
         """
+        headers = _headers(call)
+        if listener is not None:
+            headers.append((LISTENER_HEADER, listener))
         try:
-            async with self._front.ask(method, path, _headers(call), body) as response:
+            async with self._front.ask(method, path, headers, body) as response:
                 said = response.headers.get
                 call.id = said("x-request-id") or call.id
                 if response.status >= _BAD:

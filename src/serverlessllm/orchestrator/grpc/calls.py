@@ -51,6 +51,7 @@ class Call:
         self._task = asyncio.current_task()
         self._due_s = math.inf
         self._told = False
+        self._untold: Metadata = ()
         pairs = context.invocation_metadata() or ()
         self.metadata = {
             # Anything else is not text as gRPC has it, and could break out of a header's line.
@@ -98,10 +99,12 @@ class Call:
             yield _parsed(kind, data)
 
     async def tell(self, metadata: Metadata) -> None:
-        """Send the initial metadata, once."""
-        if not self._told:
-            self._told = True
-            await self._context.send_initial_metadata((("x-request-id", self.id), *metadata))
+        """Send the initial metadata; what comes later is left for the end."""
+        if self._told:
+            self._untold += metadata
+            return
+        self._told = True
+        await self._context.send_initial_metadata((("x-request-id", self.id), *metadata))
 
     async def send(self, message: Message) -> None:
         """Send a message; returns when there is room for more.
@@ -119,7 +122,7 @@ class Call:
 
     def end(self, failure: Failure | None = None) -> None:
         """Say how the call ended."""
-        trailers: Metadata = (("x-request-id", self.id),)
+        trailers: Metadata = (("x-request-id", self.id), *self._untold)
         if failure is not None:
             trailers += failure.trailers
             self._context.set_code(failure.code)

@@ -7,7 +7,9 @@ from urllib.parse import quote
 
 import msgspec
 
+from serverlessllm.core.agentapi import LoadEvent
 from serverlessllm.core.errors import ModelNotFound, SLLMError
+from serverlessllm.edge.upstream import Response
 from serverlessllm.openai.models import ModelObject
 from serverlessllm.orchestrator.grpc.asking import Asking, events, is_stream
 from serverlessllm.orchestrator.grpc.calls import Call, Serve, one
@@ -25,6 +27,7 @@ from serverlessllm.orchestrator.grpc.proto.serverlessllm_pb2 import (
 )
 from serverlessllm.orchestrator.grpc.statuses import Failure, Loading, Refused, failure_of
 from serverlessllm.orchestrator.grpc.watching import Watching
+from serverlessllm.orchestrator.listeners import Listeners
 from serverlessllm.orchestrator.status import Status
 
 SERVICE = "serverlessllm.v1.Inference"
@@ -42,8 +45,9 @@ _model = msgspec.json.Decoder(ModelObject)
 class OpenAI:
     """`methods` by name."""
 
-    def __init__(self, asking: Asking, watching: Watching) -> None:
+    def __init__(self, asking: Asking, watching: Watching, listeners: Listeners) -> None:
         self._asking = asking
+        self._listeners = listeners
         self._watching = watching
         self.methods: dict[str, Serve] = {
             "ChatCompletions": partial(self._answer, "/v1/chat/completions"),
@@ -56,19 +60,24 @@ class OpenAI:
     async def _answer(self, path: str, call: Call) -> None:
         try:
             request = await call.receive(InferenceRequest)
-            async with self._asking.ask(call, "POST", path, request.json.encode()) as response:
-                if not is_stream(response):
-                    await call.send(_chunk(await self._asking.read(response)))
-                    return
-                async for event in events(response):
-                    if isinstance(event, Loading):
-                        await call.send(InferenceEvent(progress=_progress(event)))
-                    else:
-                        await call.send(_chunk(event))
+            body = request.json.encode()
+            with self._listeners.listening(partial(_tell, call)) as name:
+                async with self._asking.ask(call, "POST", path, body, listener=name) as response:
+                    await self._send(call, response)
         except (Refused, SLLMError) as error:
             failure = failure_of(error)
             await call.send(InferenceEvent(error=_error(failure)))
             raise Refused(failure) from error
+
+    async def _send(self, call: Call, response: Response) -> None:
+        if not is_stream(response):
+            await call.send(_chunk(await self._asking.read(response)))
+            return
+        async for event in events(response):
+            if isinstance(event, Loading):
+                await call.send(InferenceEvent(progress=_progress(event)))
+            else:
+                await call.send(_chunk(event))
 
     async def _list_models(self, call: Call, _: ListModelsRequest) -> ListModelsResponse:
         listed = _models.decode(await self._asking.whole(call, "GET", "/v1/models"))
@@ -108,6 +117,19 @@ async def known_model(asking: Asking, call: Call, name: str) -> ModelObject:
 async def known_models(asking: Asking, call: Call) -> tuple[ModelObject, ...]:
     """The registered models that the client may use."""
     return _models.decode(await asking.whole(call, "GET", "/v1/models")).data
+
+
+async def _tell(call: Call, event: LoadEvent) -> None:
+    """How far a load is, before there is anything of an answer."""
+    await call.tell(())
+    progress = Progress(
+        state=event.state,
+        stage=event.stage,
+        bytes_done=event.bytes_done,
+        bytes_total=event.bytes_total,
+        eta_s=event.eta_s,
+    )
+    await call.send(InferenceEvent(progress=progress))
 
 
 def _chunk(data: bytes) -> InferenceEvent:

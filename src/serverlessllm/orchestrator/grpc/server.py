@@ -61,7 +61,7 @@ class GrpcServer:
         self._health = health.Health(_SERVICES, settings.grpc_health_watchers_max)
         watching = Watching(settings, view=view, room=room, clock=clock)
         statistics = Statistics(view, clock)
-        own = openai.OpenAI(self._asking, watching)
+        own = openai.OpenAI(self._asking, watching, room.listeners)
         triton = Triton(self._asking, settings, statistics=statistics, closing=self._closing)
         models = repository.Repository(
             self._asking, view=view, watching=watching, statistics=statistics, not_ready=not_ready

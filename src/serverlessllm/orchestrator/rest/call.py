@@ -12,7 +12,7 @@ from serverlessllm.edge.link import Link
 from serverlessllm.edge.server import Request
 from serverlessllm.edge.upstream import Exchange
 from serverlessllm.openai.request import ParsedRequest
-from serverlessllm.orchestrator.rest.loading import Wishes
+from serverlessllm.orchestrator.rest.loading import Narrator, Wishes
 from serverlessllm.orchestrator.rest.quota import Admission
 from serverlessllm.orchestrator.router import Lease
 from serverlessllm.orchestrator.timing import Timing
@@ -38,6 +38,8 @@ class Call:
     """Over which connection."""
     waits_until_s = 0.0
     """The end of what it waits for a load; 0: it has not met one."""
+    narrator: Narrator | None = None
+    """Tells its client of the load, if it is a stream that has met one."""
     admission: Admission | None = None
     """Of its key, if that has limits."""
     begun: asyncio.Future[None] | None = None

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
+from serverlessllm.core.agentapi import LoadEvent
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import NoCapacity
+from serverlessllm.edge.server import Request
 from serverlessllm.openai.sse import EVENT_STREAM_HEADERS
 from serverlessllm.orchestrator.coldstart import Waiter, WaitingRoom
+from serverlessllm.orchestrator.listeners import LISTENER_HEADER, Listener
 from serverlessllm.orchestrator.rest.call import Call
 from serverlessllm.orchestrator.rest.loading import Narrator, StillLoading, wait_budget_s
 from serverlessllm.orchestrator.router import Lease, Router
@@ -77,20 +81,20 @@ class ColdStarts:
             call.begun = None
 
     async def wait(self, call: Call, waiter: Waiter, done: asyncio.Future[Any]) -> None:
-        """Until `done`, telling a streaming client how far the load is. What is whole and ready
-        is waited for without a budget.
+        """Until `done`, telling who streams, or listens, how far the load is. What is whole and
+        ready is waited for without a budget.
 
         Raises:
             StillLoading: the client's budget is over. The load goes on.
         """
-        request, settings, stream = call.request, self._settings, call.parsed.stream
+        settings, stream, told = self._settings, call.parsed.stream, call.request.started
         if not call.waits_until_s:
             budget_s = wait_budget_s(call.wishes, settings, stream=stream)
             call.waits_until_s = self._clock.now_s() + budget_s
-        narrator = Narrator(call.wishes, request.path, request.id, call.parsed.model)
+        tell = self._teller(call)
         pause_s = settings.wait_budget_s_max
-        if stream:
-            pause_s = settings.comment_interval_s if request.started else settings.stream_grace_s
+        if tell is not None:
+            pause_s = settings.comment_interval_s if told else settings.stream_grace_s
         while stream or waiter.incomplete:
             left_s = call.waits_until_s - self._clock.now_s() if waiter.incomplete else pause_s
             if await settled(self._clock, done, min(pause_s, left_s)):
@@ -98,11 +102,18 @@ class ColdStarts:
             if waiter.incomplete and self._clock.now_s() >= call.waits_until_s:
                 waiter.promise()
                 raise StillLoading(call.model, waiter.progress)
-            if stream:
-                if not request.started:
-                    request.start(_OK, EVENT_STREAM_HEADERS)
-                await request.write(narrator.tell(waiter.progress))
+            if tell is not None:
+                await tell(waiter.progress)
                 pause_s = settings.comment_interval_s
+
+    def _teller(self, call: Call) -> Listener | None:
+        """How who waits is told, if at all."""
+        request = call.request
+        if call.parsed.stream:
+            if call.narrator is None:
+                call.narrator = Narrator(call.wishes, request.path, call.parsed.model)
+            return partial(_tell, request, call.narrator)
+        return self._room.listeners.named(request.headers.get(LISTENER_HEADER))
 
     def _can_scale_out(self, call: Call) -> bool:
         """Whether an agent that has not refused could load the model too."""
@@ -111,3 +122,9 @@ class ColdStarts:
             return False
         avoid = {*ready_agents(self._view, call.model), *call.avoid}
         return self._router.place(record, avoid) is not None
+
+
+async def _tell(request: Request, narrator: Narrator, progress: LoadEvent) -> None:
+    if not request.started:
+        request.start(_OK, EVENT_STREAM_HEADERS)
+    await request.write(narrator.tell(progress))

@@ -317,6 +317,8 @@ class Inference:
         more = b""
         if parsed.keep_alive_s is not None:
             more = f"{KEEP_ALIVE_HEADER}: {parsed.keep_alive_s}\r\n".encode()
+        if call.narrator is not None:
+            more += call.narrator.agent_head
         return b"%b%b\r\nx-request-id: %b\r\n%b" % (
             self._fixed_head,
             model.encode(),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import secrets
 
 import msgspec
 
-from serverlessllm.core.agentapi import LoadEvent
+from serverlessllm.core.agentapi import ANSWER_HEADER, LoadEvent
 from serverlessllm.core.clock import wall_s
 from serverlessllm.core.errors import InvalidRequest, ModelLoading
 from serverlessllm.core.ids import ModelId
@@ -95,19 +96,23 @@ def wait_budget_s(wishes: Wishes, settings: OrchestratorSettings, *, stream: boo
 class Narrator:
     """Tells one stream how far the load of its model is, in the client's own way."""
 
-    __slots__ = ("_chat", "_created_s", "_model", "_name", "_wishes")
+    __slots__ = ("_chat", "_chunks", "_created_s", "_model", "_name", "agent_head")
 
-    def __init__(self, wishes: Wishes, path: str, name: str, model: str) -> None:
-        """`name` is the answer's, `model` what the client calls its model."""
-        self._wishes = wishes
+    def __init__(self, wishes: Wishes, path: str, model: str) -> None:
+        """`model` is what the client calls its model."""
+        self._chunks = wishes.chunks
         self._chat = path.endswith("/chat/completions")
-        self._name = name
         self._model = model
+        self._name = secrets.token_hex(12)
         self._created_s = wall_s()
+        self.agent_head = b""
+        """Header lines by which the agent gives its answer the names that the client has seen."""
+        if self._chunks:
+            self.agent_head = f"{ANSWER_HEADER}: {self._name} {self._created_s}\r\n".encode()
 
     def tell(self, event: LoadEvent) -> bytes:
         """The bytes to send."""
-        if not self._wishes.chunks:
+        if not self._chunks:
             return comment(event)
         return progress_chunk(
             event, chat=self._chat, name=self._name, created_s=self._created_s, model=self._model
