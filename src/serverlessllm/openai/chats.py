@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -261,6 +262,7 @@ class _Counted(Struct, frozen=True):
 
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_message_path = re.compile(r"messages\[(\d+)\](\.content\[\d+\])?")
 _encoder = msgspec.json.Encoder()
 _answer = msgspec.json.Decoder(ChatAnswer)
 _count = msgspec.json.Decoder(_Counted)
@@ -319,22 +321,42 @@ def read_count(body: bytes) -> int:
         raise BackendProtocolError("the model's backend counted no tokens") from error
 
 
-def place_of(number: int, part: str | None, chat: Chat, elsewhere: str) -> str:
+def said_plainly(parts: Sequence[Part]) -> str | tuple[Part, ...]:
+    """A message's content: one text is no list, for every chat template takes it so."""
+    if not parts:
+        return ""
+    if len(parts) == 1 and isinstance(parts[0], TextPart):
+        return parts[0].text
+    return tuple(parts)
+
+
+def in_own_words(
+    failure: Failure, chat: Chat, messages: str, own_param: Callable[[str], str | None]
+) -> Failure:
+    """What the chat complained of, by the client's own names: `messages` is what it has in the
+    place of the chat's, `own_param` knows its name for any other field, None: it has none."""
+    param = failure.error.param
+    if param is None:
+        return failure
+    found = _message_path.match(param)
+    own = own_param(param) if found is None else _place_of(found, chat, messages)
+    return msgspec.structs.replace(failure, error=_reworded(failure.error, param, own))
+
+
+def _place_of(found: re.Match[str], chat: Chat, elsewhere: str) -> str:
     """Where in the client's request a message, or a part of its content, comes from. Parts have
     kept their numbers unless the place says more than which message it is."""
+    number, part = int(found[1]), found[2]
     if number >= len(chat.places):
         return elsewhere
     place = chat.places[number]
     return f"{place}{part}" if part and place.endswith("]") else place
 
 
-def reworded(error: ErrorFields, param: str | None) -> ErrorFields:
-    """The same error about a field that the client knows by another name; its message begins with
-    the name, and goes on without it where there is no such field."""
-    if error.param is None or param == error.param:
-        return error
+def _reworded(error: ErrorFields, param: str, own: str | None) -> ErrorFields:
+    """The message begins with the field's name, and goes on without it where there is none."""
     message = error.message
-    if message.startswith(f"{error.param}: "):
-        rest = message.removeprefix(f"{error.param}: ")
-        message = f"{param}: {rest}" if param else rest
-    return msgspec.structs.replace(error, message=message, param=param)
+    if message.startswith(f"{param}: "):
+        rest = message.removeprefix(f"{param}: ")
+        message = f"{own}: {rest}" if own else rest
+    return msgspec.structs.replace(error, message=message, param=own)

@@ -25,20 +25,18 @@ from serverlessllm.openai.chats import (
     TextPart,
     ToolCall,
     ToolChoice,
-    place_of,
-    reworded,
+    in_own_words,
+    said_plainly,
     write_chat,
 )
 from serverlessllm.openai.chats import Tool as ChatTool
 from serverlessllm.openai.messages.blocks import Image, Text, ToolResult, ToolUse, Turn
 from serverlessllm.openai.messages.request import Create, Prompt, Tool
 
-_message_path = re.compile(r"messages\[(\d+)\](\.content\[\d+\])?")
 _tool_path = re.compile(r"(tools\[\d+\])\.function(?:\.(parameters))?\b")
 _RENAMED = {
     "max_completion_tokens": "max_tokens",
     "reasoning_effort": "output_config.effort",
-    "response_format": "output_config.format",
     "stop": "stop_sequences",
     "user": "metadata.user_id",
 }
@@ -83,16 +81,10 @@ def to_count(prompt: Prompt) -> Chat:
 
 def to_own_words(failure: Failure, chat: Chat) -> Failure:
     """What the chat complained of, by the name that this API has for it."""
-    param = failure.error.param
-    if param is None:
-        return failure
-    return msgspec.structs.replace(failure, error=reworded(failure.error, _own_param(param, chat)))
+    return in_own_words(failure, chat, "messages", _own_param)
 
 
-def _own_param(param: str, chat: Chat) -> str:
-    found = _message_path.match(param)
-    if found is not None:
-        return place_of(int(found[1]), found[2], chat, "messages")
+def _own_param(param: str) -> str:
     head, dot, rest = param.partition(".")
     if head == "response_format":
         return "output_config.format"
@@ -137,7 +129,7 @@ def _turn(turn: Turn) -> Iterable[ChatMessage]:
         elif isinstance(block, Text | Image):
             parts.append(_part(block))
     if parts or not turn.blocks:
-        yield ChatMessage(role="user", content=_content(parts))
+        yield ChatMessage(role="user", content=said_plainly(parts))
 
 
 def _call(block: ToolUse) -> ToolCall:
@@ -149,15 +141,6 @@ def _part(block: Text | Image) -> Part:
     if isinstance(block, Text):
         return TextPart(text=block.text)
     return ImagePart(image_url=ImageURL(url=block.url))
-
-
-def _content(parts: list[Part]) -> str | tuple[Part, ...]:
-    """One text is said plainly: every chat template takes it."""
-    if not parts:
-        return ""
-    if len(parts) == 1 and isinstance(parts[0], TextPart):
-        return parts[0].text
-    return tuple(parts)
 
 
 def _tool(tool: Tool) -> ChatTool:

@@ -27,8 +27,8 @@ from serverlessllm.openai.chats import (
     TextPart,
     Tool,
     ToolCall,
-    place_of,
-    reworded,
+    in_own_words,
+    said_plainly,
     write_chat,
 )
 from serverlessllm.openai.chats import ToolChoice as ChatChoice
@@ -52,7 +52,6 @@ from serverlessllm.openai.responses.tools import (
     PlainText,
 )
 
-_message_path = re.compile(r"messages\[(\d+)\](\.content\[\d+\])?")
 _tool_path = re.compile(r"(tools\[\d+\])\.function\b")
 _RENAMED = {
     "max_completion_tokens": "max_output_tokens",
@@ -98,16 +97,10 @@ def to_count(create: Create, history: Sequence[Item], items: Sequence[Item]) -> 
 
 def to_own_words(failure: Failure, chat: Chat) -> Failure:
     """What the chat complained of, by the name that this API has for it."""
-    error = failure.error
-    if error.param is None:
-        return failure
-    return msgspec.structs.replace(failure, error=reworded(error, _own_param(error.param, chat)))
+    return in_own_words(failure, chat, "input", _own_param)
 
 
-def _own_param(param: str, chat: Chat) -> str | None:
-    found = _message_path.match(param)
-    if found is not None:
-        return place_of(int(found[1]), found[2], chat, "input")
+def _own_param(param: str) -> str | None:
     if param in _RENAMED:
         return _RENAMED[param]
     for theirs in ("response_format.json_schema", "response_format"):
@@ -153,7 +146,10 @@ class _Messages:
                 text = "".join(_texts(item.content))
                 self._append(ChatMessage(role="assistant", content=text), place)
             case Message(role="user"):
-                self._append(ChatMessage(role="user", content=_parts(item.content)), place)
+                self._append(
+                    ChatMessage(role="user", content=said_plainly(tuple(map(_part, item.content)))),
+                    place,
+                )
             case Message():
                 self.add_system("".join(_texts(item.content)), place)
             case FunctionCall():
@@ -209,16 +205,6 @@ def _texts(content: Iterable[Content]) -> Iterable[str]:
 
 def _media(content: Iterable[Content]) -> Iterable[Part]:
     return (_part(part) for part in content if isinstance(part, InputImage | InputAudio))
-
-
-def _parts(content: tuple[Content, ...]) -> str | tuple[Part, ...]:
-    """One text is said plainly: every chat template takes it."""
-    parts = tuple(_part(part) for part in content)
-    if not parts:
-        return ""
-    if len(parts) == 1 and isinstance(parts[0], TextPart):
-        return parts[0].text
-    return parts
 
 
 def _part(part: Content) -> Part:

@@ -35,16 +35,6 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
     """Any of them."""
 
 
-class AgentState(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """`view.AgentSeen`, as far as requests look at it."""
-
-    record: AgentRecord
-    revision: int
-    seen_s: float
-    """On the monotonic clock, which all processes of a machine share."""
-    failed: bool
-
-
 # To a worker.
 
 
@@ -68,16 +58,6 @@ class Start(Message, frozen=True, kw_only=True):
     telemetry: TelemetrySettings
 
 
-class Snapshot(Message, frozen=True, kw_only=True):
-    """The whole view: what a worker knew before and is not here is gone."""
-
-    models: tuple[ModelRecord, ...]
-    agents: tuple[AgentState, ...]
-    api_keys: tuple[ApiKey, ...]
-    listed: bool
-    keys_asked: bool
-
-
 class ModelIs(Message, frozen=True, kw_only=True):
     record: ModelRecord
 
@@ -87,7 +67,13 @@ class ModelGone(Message, frozen=True, kw_only=True):
 
 
 class AgentIs(Message, frozen=True, kw_only=True):
-    state: AgentState
+    """`view.AgentSeen`, as far as requests look at it."""
+
+    record: AgentRecord
+    revision: int
+    seen_s: float
+    """On the monotonic clock, which all processes of a machine share."""
+    failed: bool
 
 
 class AgentGone(Message, frozen=True, kw_only=True):
@@ -107,6 +93,15 @@ class KeysKnown(Message, frozen=True, kw_only=True):
 
     listed: bool
     keys_asked: bool
+
+
+class Snapshot(Message, frozen=True, kw_only=True):
+    """The whole view: what a worker knew before and is not here is gone."""
+
+    models: tuple[ModelRecord, ...]
+    agents: tuple[AgentIs, ...]
+    api_keys: tuple[ApiKey, ...]
+    known: KeysKnown
 
 
 class LoadGoes(Message, frozen=True, kw_only=True):

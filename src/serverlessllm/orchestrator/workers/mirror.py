@@ -10,7 +10,6 @@ from serverlessllm.orchestrator.workers.messages import (
     AgentFailed,
     AgentGone,
     AgentIs,
-    AgentState,
     FromWorker,
     KeyGone,
     KeyIs,
@@ -43,8 +42,8 @@ class Mirror(ClusterView):
     def apply(self, message: ToWorker) -> bool:
         """Whether the message was about the view."""
         match message:
-            case AgentIs(state=state):
-                self._put_state(state)
+            case AgentIs():
+                self._put_agent(message)
             case AgentGone(agent=agent):
                 self.drop_agent(agent)
             case ModelIs(record=record):
@@ -55,8 +54,8 @@ class Mirror(ClusterView):
                 self.put_api_key(key)
             case KeyGone(key=key_id):
                 self.drop_api_key(key_id)
-            case KeysKnown(listed=listed, keys_asked=keys_asked):
-                self._know(listed, keys_asked)
+            case KeysKnown():
+                self._know(message)
             case Snapshot():
                 self._put_all(message)
             case _:
@@ -69,24 +68,24 @@ class Mirror(ClusterView):
         self.names.clear()
         for record in snapshot.models:
             self.put_model(record)
-        for state in snapshot.agents:
-            self._put_state(state)
+        for agent in snapshot.agents:
+            self._put_agent(agent)
         for key in snapshot.api_keys:
             self.put_api_key(key)
         self.keep_only(
             models=self.models,
-            agents=[state.record.agent for state in snapshot.agents],
+            agents=[agent.record.agent for agent in snapshot.agents],
             jobs=(),
             api_keys=[key.id for key in snapshot.api_keys],
         )
-        self._know(snapshot.listed, snapshot.keys_asked)
+        self._know(snapshot.known)
         self._touch()
 
-    def _put_state(self, state: AgentState) -> None:
-        self.mirror_agent(state.record, state.revision, state.seen_s, failed=state.failed)
+    def _put_agent(self, agent: AgentIs) -> None:
+        self.mirror_agent(agent.record, agent.revision, agent.seen_s, failed=agent.failed)
 
-    def _know(self, listed: bool, keys_asked: bool) -> None:
-        if keys_asked:
+    def _know(self, known: KeysKnown) -> None:
+        if known.keys_asked:
             self.ask_for_keys()
-        if listed:
+        if known.listed:
             self.is_listed()

@@ -10,7 +10,6 @@ from serverlessllm.orchestrator.view import AgentSeen, ClusterView
 from serverlessllm.orchestrator.workers.messages import (
     AgentGone,
     AgentIs,
-    AgentState,
     KeyGone,
     KeyIs,
     KeysKnown,
@@ -78,14 +77,14 @@ class Publisher:
 
     def agent_changed(self, agent: AgentId) -> None:
         seen = self._view.agents.get(agent)
-        self._tell(AgentGone(agent=agent) if seen is None else AgentIs(state=_state(seen)))
+        self._tell(AgentGone(agent=agent) if seen is None else _agent(seen))
 
     def key_changed(self, key: KeyId) -> None:
         record = next((each for each in self._view.api_keys.values() if each.id == key), None)
         self._tell(KeyGone(key=key) if record is None else KeyIs(key=record))
 
     def keys_are_known(self) -> None:
-        self._tell(KeysKnown(listed=self._view.listed, keys_asked=self._view.keys_asked))
+        self._tell(self._known())
 
     def _tell(self, message: ToWorker) -> None:
         if self._subscriptions:
@@ -98,15 +97,17 @@ class Publisher:
         return frame(
             Snapshot(
                 models=tuple(view.models.values()),
-                agents=tuple(map(_state, view.agents.values())),
+                agents=tuple(map(_agent, view.agents.values())),
                 api_keys=tuple(view.api_keys.values()),
-                listed=view.listed,
-                keys_asked=view.keys_asked,
+                known=self._known(),
             )
         )
 
+    def _known(self) -> KeysKnown:
+        return KeysKnown(listed=self._view.listed, keys_asked=self._view.keys_asked)
 
-def _state(seen: AgentSeen) -> AgentState:
-    return AgentState(
+
+def _agent(seen: AgentSeen) -> AgentIs:
+    return AgentIs(
         record=seen.record, revision=seen.revision, seen_s=seen.seen_s, failed=seen.failed
     )

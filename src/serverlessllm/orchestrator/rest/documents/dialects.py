@@ -20,7 +20,7 @@ from serverlessllm.openai.document.dialects import (
 from serverlessllm.openai.document.operation import EVENTS
 from serverlessllm.openai.messages.answer import Message
 from serverlessllm.openai.responses.answer import ResponseObject
-from serverlessllm.orchestrator.rest.documents.inference import AGAIN, ASKED, WAIT
+from serverlessllm.orchestrator.rest.documents.inference import AGAIN, WAIT, asks
 
 _RESPONSES = "Responses"
 _MESSAGES = "Messages"
@@ -50,28 +50,22 @@ def _kept(
 
 
 RESPONSES = (
-    Operation(
-        path="/v1/responses",
-        method="post",
-        tag=_RESPONSES,
-        summary="Make a response",
-        body=ResponseRequest,
+    asks(
+        _RESPONSES,
+        "/v1/responses",
+        "Make a response",
+        ResponseRequest,
+        Answer(description="The response.", type=ResponseObject),
+        Answer(description=_TYPED, content_type=EVENTS),
         example='{"model":"org/name","input":"What is 2+2?"}',
-        answers=(
-            Answer(description="The response.", type=ResponseObject),
-            Answer(description=_TYPED, content_type=EVENTS),
-        ),
         parameters=(WAIT, AGAIN),
-        errors=ASKED,
     ),
-    Operation(
-        path="/v1/responses/input_tokens",
-        method="post",
-        tag=_RESPONSES,
-        summary="Count the tokens of a request",
-        body=ResponseRequest,
-        answers=(Answer(description="Their number.", type=Counted),),
-        errors=ASKED,
+    asks(
+        _RESPONSES,
+        "/v1/responses/input_tokens",
+        "Count the tokens of a request",
+        ResponseRequest,
+        Answer(description="Their number.", type=Counted),
     ),
     _kept("get", "/v1/responses/{response_id}", "Show a response", ResponseObject),
     _kept("delete", "/v1/responses/{response_id}", "Delete a response", DeletedResponse),
@@ -101,30 +95,24 @@ RESPONSES = (
     ),
 )
 MESSAGES = (
-    Operation(
-        path="/v1/messages",
-        method="post",
-        tag=_MESSAGES,
-        summary="Make a message",
-        body=MessageRequest,
+    asks(
+        _MESSAGES,
+        "/v1/messages",
+        "Make a message",
+        MessageRequest,
+        Answer(description="The message.", type=Message),
+        Answer(description=_TYPED, content_type=EVENTS),
         example=_MESSAGE,
-        answers=(
-            Answer(description="The message.", type=Message),
-            Answer(description=_TYPED, content_type=EVENTS),
-        ),
         parameters=(WAIT, AGAIN),
-        errors=ASKED,
         error=MessageError,
     ),
-    Operation(
-        path="/v1/messages/count_tokens",
-        method="post",
-        tag=_MESSAGES,
-        summary="Count the tokens of a prompt",
-        body=PromptToCount,
+    asks(
+        _MESSAGES,
+        "/v1/messages/count_tokens",
+        "Count the tokens of a prompt",
+        PromptToCount,
+        Answer(description="Their number.", type=Counted),
         example='{"model":"org/name","messages":[{"role":"user","content":"Hi"}]}',
-        answers=(Answer(description="Their number.", type=Counted),),
-        errors=ASKED,
         error=MessageError,
     ),
 )

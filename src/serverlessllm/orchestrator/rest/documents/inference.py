@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -48,82 +48,98 @@ AGAIN = Parameter(
     type=Annotated[str, Meta(min_length=1, max_length=255)],
     description="Name of this request: sent again with the same body, it gets the same answer.",
 )
+MODEL = Parameter(
+    name="model",
+    where="path",
+    type=ModelName,
+    description="Its name or an alias; a `/` in it may stand as it is.",
+)
 _EVENTS = "With `stream`: server-sent events, the last of them `[DONE]`."
 
 _CHAT = '{"model":"org/name","messages":[{"role":"user","content":"What is 2+2?"}],"max_tokens":64}'
 
+
+def asks(
+    tag: str,
+    path: str,
+    summary: str,
+    body: Any,
+    *answers: Answer,
+    example: str = "",
+    parameters: tuple[Parameter, ...] = (),
+    error: Any = None,
+) -> Operation:
+    """One that asks a model."""
+    return Operation(
+        path=path,
+        method="post",
+        tag=tag,
+        summary=summary,
+        body=body,
+        example=example,
+        answers=answers,
+        parameters=parameters,
+        errors=ASKED,
+        error=error,
+    )
+
+
 INFERENCE = (
-    Operation(
-        path="/v1/chat/completions",
-        method="post",
-        tag=_INFERENCE,
-        summary="Continue a conversation",
-        body=ChatRequest,
+    asks(
+        _INFERENCE,
+        "/v1/chat/completions",
+        "Continue a conversation",
+        ChatRequest,
+        Answer(description="The answer.", type=ChatCompletion),
+        Answer(description=_EVENTS, type=ChatCompletionChunk, content_type=EVENTS),
         example=_CHAT,
-        answers=(
-            Answer(description="The answer.", type=ChatCompletion),
-            Answer(description=_EVENTS, type=ChatCompletionChunk, content_type=EVENTS),
-        ),
         parameters=(WAIT, _PROGRESS, AGAIN),
-        errors=ASKED,
     ),
-    Operation(
-        path="/v1/completions",
-        method="post",
-        tag=_INFERENCE,
-        summary="Continue a text",
-        body=CompletionRequest,
+    asks(
+        _INFERENCE,
+        "/v1/completions",
+        "Continue a text",
+        CompletionRequest,
+        Answer(description="The answer.", type=Completion),
+        Answer(description=_EVENTS, type=Completion, content_type=EVENTS),
         example='{"model":"org/name","prompt":"Once upon a time","max_tokens":64}',
-        answers=(
-            Answer(description="The answer.", type=Completion),
-            Answer(description=_EVENTS, type=Completion, content_type=EVENTS),
-        ),
         parameters=(WAIT, AGAIN),
-        errors=ASKED,
     ),
-    Operation(
-        path="/v1/embeddings",
-        method="post",
-        tag=_INFERENCE,
-        summary="Turn texts into vectors",
-        body=EmbeddingsRequest,
+    asks(
+        _INFERENCE,
+        "/v1/embeddings",
+        "Turn texts into vectors",
+        EmbeddingsRequest,
+        Answer(description="The vectors.", type=EmbeddingList),
         example='{"model":"org/name","input":["one","two"]}',
-        answers=(Answer(description="The vectors.", type=EmbeddingList),),
         parameters=(WAIT, AGAIN),
-        errors=ASKED,
     ),
-    Operation(
-        path="/v1/tokenize",
-        method="post",
-        tag=_INFERENCE,
-        summary="Turn a text or a chat into tokens",
-        body=TokenizeRequest,
+    asks(
+        _INFERENCE,
+        "/v1/tokenize",
+        "Turn a text or a chat into tokens",
+        TokenizeRequest,
+        Answer(description="The tokens.", type=Tokenized),
         example='{"model":"org/name","prompt":"one two"}',
-        answers=(Answer(description="The tokens.", type=Tokenized),),
         parameters=(WAIT, AGAIN),
-        errors=ASKED,
     ),
-    Operation(
-        path="/v1/detokenize",
-        method="post",
-        tag=_INFERENCE,
-        summary="Turn tokens into a text",
-        body=DetokenizeRequest,
+    asks(
+        _INFERENCE,
+        "/v1/detokenize",
+        "Turn tokens into a text",
+        DetokenizeRequest,
+        Answer(description="The text.", type=Detokenized),
         example='{"model":"org/name","tokens":[1,2]}',
-        answers=(Answer(description="The text.", type=Detokenized),),
         parameters=(WAIT, AGAIN),
-        errors=ASKED,
     ),
-    Operation(
-        path="/v1/rerank",
-        method="post",
-        tag=_INFERENCE,
-        summary="Put documents in order",
-        body=RerankRequest,
+    asks(
+        _INFERENCE,
+        "/v1/rerank",
+        "Put documents in order",
+        RerankRequest,
+        Answer(description="The documents, the best first.", type=Reranked),
         example='{"model":"org/name","query":"a fruit","documents":["a car","a pear"]}',
-        answers=(Answer(description="The documents, the best first.", type=Reranked),),
         parameters=(WAIT, AGAIN),
-        errors=ASKED,
     ),
     Operation(
         path="/v1/models",
@@ -139,14 +155,7 @@ INFERENCE = (
         tag=_MODELS,
         summary="Show a model",
         answers=(Answer(description="The model.", type=Model),),
-        parameters=(
-            Parameter(
-                name="model",
-                where="path",
-                type=ModelName,
-                description="Its name or an alias; a `/` in it may stand as it is.",
-            ),
-        ),
+        parameters=(MODEL,),
         errors=(401, 403, 404, 405),
     ),
 )

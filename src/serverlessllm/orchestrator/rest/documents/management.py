@@ -11,21 +11,15 @@ from serverlessllm.core.apikeys import LIMIT_MAX, MODELS_MAX, NAME_CHARS_MAX, Ne
 from serverlessllm.core.cluster import JobRecord
 from serverlessllm.openai.document import Answer, Operation, Parameter
 from serverlessllm.openai.document.operation import LINES
-from serverlessllm.openai.request.fields import ModelName
 from serverlessllm.orchestrator.rest import wire
 from serverlessllm.orchestrator.rest.bodies import NewModel
+from serverlessllm.orchestrator.rest.documents.inference import MODEL
 
 _Limit: TypeAlias = Annotated[int, Meta(ge=1, le=LIMIT_MAX)]
 _MODELS = r"^(?=[^*]*(?:\*[^*]*){0,3}$)[A-Za-z0-9._@/*-]{1,256}$"
 _READ = (401, 403, 405)
 _NAMED = (400, 401, 403, 404, 405)
 _CHANGED = (400, 401, 403, 404, 405, 409, 413, 429, 502, 503, 504, 507)
-_MODEL = Parameter(
-    name="model",
-    where="path",
-    type=ModelName,
-    description="Its name or an alias; a `/` in it may stand as it is.",
-)
 
 
 class NewKey(NewApiKey, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,7 +73,7 @@ def _operation(
 
 
 def _of_model(summary: str, path: str, answer: Any) -> Operation:
-    return _operation("get", path, summary, answer, parameters=(_MODEL,), errors=_NAMED)
+    return _operation("get", path, summary, answer, parameters=(MODEL,), errors=_NAMED)
 
 
 _PAGE = (
@@ -122,7 +116,7 @@ MANAGEMENT = (
         "/api/models/{model}",
         "Delete a model and its bytes",
         wire.Deleted,
-        parameters=(_MODEL,),
+        parameters=(MODEL,),
         errors=_CHANGED,
     ),
     _operation(
