@@ -39,6 +39,12 @@ class Client:
 
     def __init__(self, url: str, api_key: str | None = None, ca: str | None = None) -> None:
         """`ca` is a file of certificates to trust; None: the system's."""
+        if url.startswith("unix:"):
+            raise Failure(
+                f"{url}: verbs ask over http and https, not through a unix socket",
+                "name an address by --url or SLLM_URL, or let `sllm serve` listen on one",
+                exit_status=2,
+            )
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             self._host, self._port = parts.hostname, parts.port
@@ -105,6 +111,9 @@ class Client:
                 if response.status >= 400:
                     raise _failure(response.status, response.read(1 << 20), self)
                 yield response
+        except http.client.RemoteDisconnected as error:
+            cure = "see its log" if self._tls else "see its log; is it https that is served there?"
+            raise Failure(f"{self.url} closed the connection without an answer", cure) from error
         except (OSError, http.client.HTTPException) as error:
             raise Failure(
                 f"the server at {self.url} went away: {_reason(error)}",
@@ -124,9 +133,12 @@ class Client:
         try:
             connection.connect()
         except ssl.SSLCertVerificationError as error:
+            cure = "name the certificates to trust: `sllm --ca FILE …`, or SLLM_CA"
+            if "not valid for" in error.verify_message:
+                cure = "ask for the server by a name in its certificate: --url or SLLM_URL"
             raise Failure(
-                f"the certificate of {self.url} is not trusted: {error.verify_message}",
-                "name the certificates to trust: `sllm --ca FILE …`, or SLLM_CA",
+                f"the certificate of {self.url} is not trusted: {error.verify_message.rstrip('.')}",
+                cure,
             ) from error
         except ssl.SSLError as error:
             raise Failure(
@@ -175,6 +187,8 @@ def _tls(ca: str | None) -> ssl.SSLContext:
 
 def _reason(error: Exception) -> str:
     """In a few words, without a number."""
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.replace("_", " ").lower()
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower() if error.errno else error.strerror
     return type(error).__name__

@@ -57,8 +57,13 @@ async def test_the_verbs_talk_https_with_a_key(cluster, files):
             await asyncio.to_thread(Client(url, text).get, "/api/keys", dict)
         assert "--ca" in untrusted.value.cure
         plain = Client(url.replace("https", "http"), text)
-        with pytest.raises(Failure):
+        with pytest.raises(Failure) as cut:
             await asyncio.to_thread(plain.get, "/api/keys", dict)
+        assert "https" in cut.value.cure
+        elsewhere = Client(url.replace("127.0.0.1", "localhost"), text, files.ca)
+        with pytest.raises(Failure, match="not valid for 'localhost'") as misnamed:
+            await asyncio.to_thread(elsewhere.get, "/api/keys", dict)
+        assert "a name in its certificate" in misnamed.value.cure
     finally:
         await front.close()
 
@@ -92,3 +97,8 @@ def test_a_file_of_no_certificates_is_named(tmp_path):
     for path in (tmp_path / "ca.pem", tmp_path / "none.pem"):
         with pytest.raises(Failure, match="no certificates"):
             Client("https://127.0.0.1:1", None, str(path))
+
+
+def test_a_unix_socket_is_nothing_that_verbs_ask():
+    with pytest.raises(Failure, match="not through a unix socket"):
+        Client("unix:/run/x.sock")

@@ -36,7 +36,7 @@ async def test_keys_are_listed_and_revoked_by_name_or_id(registry):
     for gone in ("alice", "nobody", ""):
         with pytest.raises(RouteNotFound):
             await registry.revoke_api_key(gone)
-    assert await registry.has_api_keys()
+    assert len(await registry.list_api_keys()) == 2
 
 
 async def test_a_name_is_taken_until_its_key_is_revoked(registry):
@@ -80,7 +80,7 @@ async def test_what_a_key_may_not_be(registry, field, value):
     with pytest.raises(InvalidRequest) as refused:
         await registry.create_api_key(NewApiKey(**{"name": "alice", field: value}))
     assert refused.value.param == field
-    assert not await registry.has_api_keys()
+    assert await registry.list_api_keys() == ()
 
 
 async def test_the_number_of_keys_is_bounded_and_a_tombstone_stays(store):
@@ -126,7 +126,6 @@ async def test_a_key_of_a_newer_version_is_named_not_read(registry, store):
     await store.put("apikeys/key_new", msgspec.json.encode(key))
     snapshot = await registry.snapshot()
     assert (snapshot.api_keys, snapshot.unreadable) == ((), ("apikeys/key_new",))
-    assert await registry.has_api_keys()
 
 
 async def test_a_store_that_is_away_makes_no_key(registry, store):

@@ -33,7 +33,10 @@ class ApiKeys(Part):
         wanted.check(now_s)
         in_use = [key for key in await self.list_api_keys() if key.revoked_s is None]
         if any(key.name == wanted.name for key in in_use):
-            raise Conflict(f"there is an API key {wanted.name!r} already", param="name")
+            raise Conflict(
+                f"there is an API key {wanted.name!r} already: revoke it, or take another name",
+                param="name",
+            )
         if len(in_use) >= self._settings.api_keys_max:
             raise Conflict(f"there are {len(in_use)} API keys already: revoke one first")
         text = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
@@ -53,10 +56,6 @@ class ApiKeys(Part):
         """All keys by id, the newest revoked ones among them; unreadable records are left out."""
         listing = await self._metadata.list(API_KEYS)
         return tuple(r for e in listing.entries if (r := readable(e, ApiKey)) is not None)
-
-    async def has_api_keys(self) -> bool:
-        """Whether there ever was a key, readable or not, revoked or not."""
-        return bool((await self._metadata.list(API_KEYS)).entries)
 
     async def revoke_api_key(self, name: str) -> ApiKey:
         """End a key, named by its id or its name; its record as it is then. Idempotent by id.
