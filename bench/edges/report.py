@@ -19,6 +19,8 @@ BOUNDS = (
     ("32 connections", "nginx", 3.0),
     ("5,000/s", "rust", 1.0),
     ("5,000/s", "nginx", 1.6),
+    ("5,000/s, own core", "rust", 1.0),
+    ("5,000/s, own core", "nginx", 1.6),
     (_STREAMS, "rust", 1.0),
 )
 """(load, peer, our CPU as a multiple of the peer's at most); `rust`: the better Rust router."""
