@@ -295,8 +295,10 @@ class Inference:
         call.tries += 1
         if call.tries > self._settings.retries_max or error.permanent:
             raise error
-        # What reached nobody is no load when it is sent elsewhere: it takes no place in the budget.
-        if not (call.retrying or isinstance(error, UpstreamUnreachable)):
+        # What reached nobody is no load when it is sent elsewhere, and what found no model waits
+        # for one: neither takes a place in the budget.
+        free = isinstance(error, UpstreamUnreachable) or error.code == ModelNotReady.code
+        if not (call.retrying or free):
             share = self._settings.retry_share * self._router.in_flight
             if self._retrying >= max(self._settings.retry_min, share):
                 raise error
