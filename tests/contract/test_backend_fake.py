@@ -14,7 +14,7 @@ MODEL = ModelId("contract/model")
 
 class FakeHarness:
     backend = stats_backend = Fake()
-    spec = ModelSpec(model=MODEL, backend="fake", options={"tokens": "2000", "token_s": "0.001"})
+    spec = ModelSpec(model=MODEL, backend="fake", options={"tokens": "4000", "token_s": "0.001"})
     index = model_path = index_path = None
     refused = (
         (ModelSpec(model=MODEL), None),
@@ -22,6 +22,7 @@ class FakeHarness:
         (ModelSpec(model=MODEL, backend="fake", options={"colour": "red"}), None),
     )
     stats_path = "/stats"
+    progress_a_token = 1
     logprobs = embeddings = True
 
 

@@ -25,6 +25,7 @@ class LlamaHarness:
     backend = stats_backend = LlamaCpp()
     spec = ModelSpec(model=MODEL, options={"context": "4096"})
     stats_path = "/metrics"
+    progress_a_token = 2
     logprobs = embeddings = True
 
     def __init__(self, bin_path: Path, index_path: Path) -> None:

@@ -15,7 +15,7 @@ from serverlessllm.testing.contracts.backend import BackendContract, started
 
 MODEL = ModelId("contract/model")
 SERVER = (sys.executable, "-m", "serverlessllm.backends.inside.fake")
-OPTIONS = '{"tokens": 2000, "token_s": 0.001}'
+OPTIONS = '{"tokens": 4000, "token_s": 0.001}'
 
 
 def spec(*command: str, url: str | None = None) -> ModelSpec:
@@ -39,6 +39,7 @@ class OpenAIHarness:
         (spec(url="http://127.0.0.1:port"), None),
     )
     stats_path = "/stats"
+    progress_a_token = 1
     logprobs = embeddings = True
 
     def __init__(self, listen: str) -> None:

@@ -30,6 +30,7 @@ class TransformersHarness:
     backend = stats_backend = Transformers()
     spec = ModelSpec(model=MODEL, options={"context": "4096", "threads": "1"})
     stats_path = "/stats"
+    progress_a_token = 1
     logprobs = embeddings = True
 
     def __init__(self, bin_path: Path, index_path: Path) -> None:

@@ -78,7 +78,8 @@ class Served(NamedTuple):
         sockets = self.runtime_dir.glob("a-*/*/backend.sock")
         told = []
         for path in sockets:
-            with contextlib.suppress(ConnectionRefusedError):  # bound, and not listening yet
+            # Bound and not listening yet, or about to end.
+            with contextlib.suppress(ConnectionError, FileNotFoundError):
                 told.append(ask(Address(f"unix:{path}"), "GET", "/stats"))
         return sum(each.json()[figure] for each in told if each.status == 200)
 
@@ -88,14 +89,6 @@ class Served(NamedTuple):
         token = (self.data_dir / "cluster-token").read_text()
         status = ask(agent["record"]["address"], "GET", "/status", headers={TOKEN_HEADER: token})
         return sum(model["queue_len"] for model in status.json()["models"])
-
-    def children(self) -> list[int]:
-        """Process ids of all that it started and that has not ended."""
-        found: list[int] = []
-        for task in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                found += map(int, task.read_text().split())
-        return found
 
 
 @contextlib.contextmanager

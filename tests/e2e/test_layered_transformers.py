@@ -136,7 +136,7 @@ async def system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Syst
         system = System(cluster, store, made.index, client)
 
         try:
-            await eventually(system.knows_model, WAIT_S)
+            await eventually(system.knows_model)
             yield system
         finally:
             await client.close()
@@ -190,7 +190,7 @@ async def test_its_first_layers_compute_before_its_last_one_is_there(
         async def all_but_the_last_layer_began() -> bool:
             return f"model.layers.{LAYERS - 2}" in await system.began()
 
-        await eventually(all_but_the_last_layer_began, WAIT_S)
+        await eventually(all_but_the_last_layer_began)
         assert not asking.done()
         assert str(system.last_chunk) not in (await system.trace())["chunks"]
         open_gate()

@@ -55,9 +55,9 @@ def test_a_certificate_renewed_during_a_drain_ends_nothing(data_dir):
         ) as stream:
             next(iter(stream))
             os.kill(running.pid, signal.SIGTERM)
-            eventually_blocking(lambda: "draining" in running.log.read_text(), 30)
+            eventually_blocking(lambda: "draining" in running.log.read_text())
             os.kill(running.pid, signal.SIGHUP)
-            eventually_blocking(lambda: "certificate reloaded" in running.log.read_text(), 30)
+            eventually_blocking(lambda: "certificate reloaded" in running.log.read_text())
             assert running.alive
         assert running.wait() == 0
 
@@ -74,7 +74,7 @@ def test_a_second_ctrl_c_does_not_wait_for_answers(data_dir):
         ) as stream:
             next(iter(stream))
             os.kill(running.pid, signal.SIGINT)
-            eventually_blocking(lambda: "draining" in running.log.read_text(), 30)
+            eventually_blocking(lambda: "draining" in running.log.read_text())
             assert running.alive
             os.kill(running.pid, signal.SIGINT)
             assert running.wait() == 130

@@ -13,6 +13,7 @@ from tests.e2e.system import run
 
 from serverlessllm.testing.answers import ask, ask_chat, check_error, check_explained, figure
 from serverlessllm.testing.management import register
+from serverlessllm.testing.processes import alive
 from serverlessllm.testing.waiting import eventually_blocking
 
 TWO = {"orchestrator.workers": "2"}
@@ -20,22 +21,7 @@ TWO = {"orchestrator.workers": "2"}
 
 def workers(served: Served) -> list[int]:
     """Process ids of its workers."""
-    return [pid for pid in served.children() if "orchestrator.workers" in _command(pid)]
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    except OSError:
-        return ""
-
-
-def alive(pid: int) -> bool:
-    """Whether it runs: one that only waits to be reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return served.process.children("orchestrator.workers")
 
 
 def test_two_workers_serve_a_model_from_cold_to_warm_and_end_with_the_server(data_dir):
@@ -59,7 +45,7 @@ def test_two_workers_serve_a_model_from_cold_to_warm_and_end_with_the_server(dat
         )
         assert soft == hard or int(soft) >= 1 << 20
         assert served.process.stop() == 0
-    assert not any(map(alive, pids))
+    assert alive(pids) == []
     assert not list(served.runtime_dir.glob("*.sock"))
 
 
@@ -68,7 +54,7 @@ def test_workers_die_with_a_server_that_is_killed(data_dir):
         pids = workers(served)
         port = int(served.address.rpartition(":")[2])
         served.process.kill()
-        eventually_blocking(lambda: not any(map(alive, pids)))
+        eventually_blocking(lambda: alive(pids) == [])
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
 

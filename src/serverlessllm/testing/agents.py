@@ -42,9 +42,9 @@ from serverlessllm.store.checkpoints import CheckpointStore
 from serverlessllm.store.open import open_store
 from serverlessllm.store.settings import StoreSettings
 from serverlessllm.testing.metadata import FakeMetadata
+from serverlessllm.testing.waiting import eventually
 
 TOKEN = "the-cluster's"  # noqa: S105 - a test's
-_WAIT_S = 20.0
 
 
 class Machine:
@@ -223,12 +223,16 @@ class AgentClient:
 
     async def until(self, model: str, holds: Callable[[ModelOnAgent], bool]) -> ModelOnAgent:
         """The model's row once `holds` says yes of it; asks again and again."""
-        async with asyncio.timeout(_WAIT_S):
-            while True:
-                row = await self.model(model)
-                if row is not None and holds(row):
-                    return row
-                await asyncio.sleep(0.005)
+        rows: list[ModelOnAgent] = []
+
+        async def seen() -> bool:
+            row = await self.model(model)
+            if row is not None and holds(row):
+                rows.append(row)
+            return bool(rows)
+
+        await eventually(seen)
+        return rows[0]
 
 
 def chat_body(model: str, **fields: object) -> bytes:

@@ -8,9 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from serverlessllm.backends.procfs import read_stat
 from serverlessllm.config.paths import derive
 from serverlessllm.config.settings import Settings
 from serverlessllm.core.ids import Address
@@ -35,6 +36,14 @@ class Process:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    def children(self, kind: str = "") -> list[int]:
+        """Process ids of all that it started and that run, and whose command line says `kind`."""
+        found: list[int] = []
+        for task in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, task.read_text().split())
+        return [pid for pid in alive(found) if kind in _command(pid)]
 
     def kill(self) -> None:
         """`kill -9`, and wait for the kernel to have done it."""
@@ -94,6 +103,20 @@ def data_directory(parent: Path, name: str = "data") -> Iterator[Path]:
         runtime_dir = derive(Settings(data_dir=str(directory)), os.environ).runtime_dir
         for made in (default_dram_dir(directory), runtime_dir, directory):
             shutil.rmtree(made, ignore_errors=True)
+
+
+def alive(pids: Iterable[int]) -> list[int]:
+    """Those that run: one that only waits to be reaped does not."""
+    stats = [read_stat(pid) for pid in pids]
+    return [stat.pid for stat in stats if stat is not None and stat.state != "Z"]
+
+
+def _command(pid: int) -> str:
+    """Empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def _announced(process: subprocess.Popen[str], log: Path) -> Address:

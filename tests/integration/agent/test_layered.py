@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import os
 import signal
@@ -25,16 +24,14 @@ from serverlessllm.core.errors import StoreUnavailable
 from serverlessllm.core.lifecycle import InstanceState
 from serverlessllm.core.models import CheckpointRef, ModelSpec
 from serverlessllm.loader.tiers.nvme import DirectFile
-from serverlessllm.testing import waiting
 from serverlessllm.testing.agents import AgentClient, Machine, chat_body, fake_spec
 from serverlessllm.testing.clock import VirtualClock
 from serverlessllm.testing.stores import CHUNK_BYTES, GatedStore, publish_random
+from serverlessllm.testing.waiting import eventually
 
 MODEL = "fake-model"
 CHUNKS = 6
 GONE = StoreUnavailable("the store has gone")
-
-eventually = functools.partial(waiting.eventually, within_s=20.0)
 
 
 def spec(**options: object) -> ModelSpec:

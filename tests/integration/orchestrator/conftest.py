@@ -368,8 +368,8 @@ class Cluster:
                 lambda agent=agent: name in self.front.view.agents[agent.agent].models  # type: ignore[misc]
             )
 
-    async def until(self, holds: Callable[[], bool], within_s: float = 5.0) -> None:
-        await eventually(holds, within_s)
+    async def until(self, holds: Callable[[], bool]) -> None:
+        await eventually(holds)
 
     async def ask(
         self,
@@ -432,9 +432,8 @@ class Client:
         self.reader = reader
         self.writer = writer
 
-    async def read_until(self, text: bytes, within_s: float = 5.0) -> bytes:
-        async with asyncio.timeout(within_s):
-            return await self.reader.readuntil(text)
+    async def read_until(self, text: bytes) -> bytes:
+        return await self.reader.readuntil(text)
 
     async def leave(self) -> None:
         self.writer.close()

@@ -52,7 +52,7 @@ async def cluster_of(store_gives_bytes, **settings):
                 return response.status == 200
 
         try:
-            await eventually(registered, within_s=20.0)
+            await eventually(registered)
             yield cluster, store, client, [f"{crc32c(chunk):08x}" for chunk in chunks]
         finally:
             await client.close()
@@ -94,7 +94,7 @@ async def test_its_first_token_comes_before_its_last_byte():
         async def complete():
             return await moved_bytes() == size_bytes
 
-        await eventually(complete, within_s=20.0)
+        await eventually(complete)
         assert early_bytes < size_bytes
 
 
@@ -139,7 +139,7 @@ async def until_ready_early(cluster):
     def ready():
         return [i for i in cluster.agents["a"]._instances.all() if i.usable and i.arriving]
 
-    await eventually(ready, within_s=20.0)
+    await eventually(ready)
 
 
 def commented(reading: Reading, count: int) -> bool:
@@ -153,11 +153,11 @@ async def test_who_streams_hears_of_the_bytes_until_its_first_token():
         await until_ready_early(cluster)
         second = Reading(client, address)  # it never saw the engine start
         for each in (first, second):
-            await eventually(partial(told, each, 0), within_s=20.0)
+            await eventually(partial(told, each, 0))
         store.let(CHUNK_BYTES - 1)  # nothing more
         for each in (first, second):
             count = len(each.comments)
-            await eventually(partial(commented, each, count + 2), within_s=20.0)
+            await eventually(partial(commented, each, count + 2))
             assert each.texts == []
         store.let()
         for each in (first, second):
@@ -200,7 +200,7 @@ async def test_who_waits_for_bytes_is_sent_away_when_its_time_is_over(wait_s):
         async def answered():
             return (await ask())[0] == 200
 
-        await eventually(answered, within_s=20.0)
+        await eventually(answered)
 
 
 async def test_who_waits_within_its_time_is_answered():
@@ -217,7 +217,7 @@ async def test_who_waits_within_its_time_is_answered():
             first = group.create_task(ask())
             await until_ready_early(cluster)
             second = group.create_task(ask())
-            await eventually(lambda: store.held, within_s=20.0)
+            await eventually(lambda: store.held)
             store.let()
         for status, body in (first.result(), second.result()):
             assert (status, body["choices"][0]["text"]) == (200, "".join(said))
@@ -227,7 +227,7 @@ async def test_bytes_that_do_not_come_end_the_stream_with_the_reason():
     async with cluster_of(0) as (cluster, store, client, _):
         reading = Reading(client, Address(cluster.url))
         await until_ready_early(cluster)
-        await eventually(lambda: told(reading, 0), within_s=20.0)
+        await eventually(lambda: told(reading, 0))
         store.fail(StoreUnavailable("the store has gone"))
         await reading.done
         assert reading.texts == []
@@ -239,10 +239,10 @@ async def test_who_leaves_while_bytes_move_leaves_nothing():
         reading = Reading(client, Address(cluster.url))
         await until_ready_early(cluster)
         (instance,) = cluster.agents["a"]._instances.all()
-        await eventually(lambda: instance.running, within_s=20.0)
+        await eventually(lambda: instance.running)
         reading.done.cancel()
-        await eventually(lambda: not instance.running, within_s=20.0)
+        await eventually(lambda: not instance.running)
         assert cluster.front._room.loading == 1
         store.let()
-        await eventually(lambda: not cluster.front._room.loading, within_s=20.0)
+        await eventually(lambda: not cluster.front._room.loading)
         assert not instance.arriving

@@ -1,4 +1,4 @@
-"""Clients that leave: wherever they were, what was done for them ends within a second."""
+"""Clients that leave: wherever they were, what was done for them ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def test_before_the_first_token(cluster, stream):
     client = await c.open({**ASK, "stream": stream})
     await c.until(lambda: agent.running == 1)
     await client.leave()
-    await c.until(lambda: agent.cancelled == 1, within_s=1.0)
+    await c.until(lambda: agent.cancelled == 1)
     assert c.front._router.in_flight == 0
 
 
@@ -28,7 +28,7 @@ async def test_after_the_first_token(cluster):
     client = await c.open({**ASK, "stream": True})
     await client.read_until(b"one")
     await client.leave()
-    await c.until(lambda: agent.cancelled == 1, within_s=1.0)
+    await c.until(lambda: agent.cancelled == 1)
     assert c.front._router.in_flight == 0
 
 
@@ -41,10 +41,10 @@ async def test_the_last_waiter_ends_the_load(cluster, stream):
     clients = [await c.open({**ASK, "stream": stream}) for _ in range(2)]
     await c.until(lambda: c.front._room.waiting == 2 and len(agent.loads) == 1)
     await clients[0].leave()
-    await c.until(lambda: c.front._room.waiting == 1, within_s=1.0)
+    await c.until(lambda: c.front._room.waiting == 1)
     assert agent.cancelled == 0
     await clients[1].leave()
-    await c.until(lambda: agent.cancelled == 1, within_s=1.0)
+    await c.until(lambda: agent.cancelled == 1)
     assert c.front._room.loading == 0
 
 

@@ -52,7 +52,7 @@ async def test_an_abandoned_multipart_upload_is_aborted(s3: S3Server, tmp_path: 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await eventually(lambda: s3.open_uploads() == [], within_s=30)  # it deletes in its own time
+    await eventually(lambda: s3.open_uploads() == [])  # it deletes in its own time
 
 
 async def test_wrong_keys_are_said_to_be_wrong(s3: S3Server) -> None:

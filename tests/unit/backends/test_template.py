@@ -63,6 +63,7 @@ from serverlessllm.backends.process import BackendProcess
 from serverlessllm.backends.settings import BackendSettings
 from serverlessllm.backends.templates import Templates
 from serverlessllm.core.clock import SystemClock
+from serverlessllm.testing.waiting import eventually
 async def main():
     run = pathlib.Path(sys.argv[1])
     (run / "one").mkdir(parents=True)
@@ -74,13 +75,11 @@ async def main():
             address="unix:/none", template="script"),
         run_dir=run / "one", log_path=run / "log", environ=os.environ, settings=settings,
         clock=clock, templates=templates)
-    while process.log_tail != ("up",):
-        await asyncio.sleep(0.01)
+    await eventually(lambda: process.log_tail == ("up",))
     keeper = next(iter(templates._alive))._keeper.pid
     children = pathlib.Path(f"/proc/{keeper}/task/{keeper}/children")
-    while len(pids := children.read_text().split()) < 3:
-        await asyncio.sleep(0.01)
-    print(keeper, *pids, flush=True)
+    await eventually(lambda: len(children.read_text().split()) >= 3)
+    print(keeper, *children.read_text().split(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(main())
 """
@@ -162,12 +161,12 @@ async def client() -> AsyncIterator[Upstreams]:
 
 async def said(process: BackendProcess, *lines: str) -> None:
     """Return when these lines, and no others, are what it has printed."""
-    await eventually(lambda: process.log_tail == lines, 30)
+    await eventually(lambda: process.log_tail == lines)
 
 
 async def of(templates: Templates) -> Template:
     """The one template, once it is ready."""
-    await eventually(lambda: any(each.pid for each in templates._alive), 30)
+    await eventually(lambda: any(each.pid for each in templates._alive))
     (template,) = (each for each in templates._alive if each.pid)
     return template
 
@@ -421,7 +420,7 @@ async def at_rest(template: Template) -> None:
         adopted = children(template._keeper.pid)
         return len(adopted) == 2 and template.pid in adopted and not children(template.pid)
 
-    await eventually(alone, 30)
+    await eventually(alone)
 
 
 def is_asked(template: Template) -> bool:
@@ -441,9 +440,9 @@ class TestDeath:
         first = await of(templates)
         os.kill(first.pid, signal.SIGKILL)
         await eventually(first.ended.is_set)
-        await eventually(lambda: len(templates._alive) == 2, 30)
+        await eventually(lambda: len(templates._alive) == 2)
         (second,) = templates._alive - {first}
-        await eventually(lambda: second.pid > 0, 30)
+        await eventually(lambda: second.pid > 0)
         other = start(SLEEP)
         await said(other, "up")
         assert other.pid in children(second._keeper.pid)
@@ -502,7 +501,7 @@ class TestDeath:
             return sorted(Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids)
 
         roles = ["fork", "instance", "keeper", "template"]
-        await eventually(lambda: names() == [f"sllm-{role}" for role in roles], 30)
+        await eventually(lambda: names() == [f"sllm-{role}" for role in roles])
         status = Path(f"/proc/{process.pid}/status").read_text()
         assert "NoNewPrivs:\t1" in status
 
@@ -527,7 +526,7 @@ class TestDeath:
         pids = [int(pid) for pid in agent.stdout.split()]
         assert len(pids) == 4, agent.stderr  # keeper, template, instance, the fork at hand
         for pid in pids:
-            eventually_blocking(partial(is_gone, pid), 30)
+            eventually_blocking(partial(is_gone, pid))
         assert len(list(run_dir.glob("*/process.json"))) == 2
         kill_orphans(run_dir)
         assert not list(run_dir.glob("*/"))
@@ -598,7 +597,7 @@ class TestUnfit:
         ).format(template._keeper.pid)
         clock = VirtualClock()
         process = start(hangs_if_forked, clock=clock, tells_ready=True)
-        await eventually(lambda: process.log_tail and clock.sleepers, 30)
+        await eventually(lambda: process.log_tail and clock.sleepers)
         (hung,) = process.log_tail
         await clock.advance(SETTINGS.template_ready_timeout_s)
         await process.wait_ready(client)

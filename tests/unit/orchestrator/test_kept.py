@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import msgspec
 import pytest
 
@@ -123,11 +121,21 @@ def test_nothing_is_kept_where_nothing_may_be():
     assert len(kept) == 0
 
 
+class Compared(str):
+    """A name that counts how many it was compared with."""
+
+    times = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        self.times += 1
+        return str.__eq__(self, other)
+
+
 def test_finding_an_item_takes_no_longer_among_many():
     kept = store()
     many = [f"i{number}" for number in range(16_384)]
     kept.put(response("a", items=many))
-    began = time.process_time()
-    found = [kept.item(ME, "i16383", "input[0]") for _ in range(16_384)]
-    assert time.process_time() - began < 2.0  # a look at each of the others takes a minute
-    assert {item.id for item in found} == {"i16383"}
+    asked = Compared("i16383")
+    assert kept.item(ME, asked, "input[0]").id == "i16383"
+    assert asked.times < 10

@@ -34,6 +34,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     refused: tuple[tuple[ModelSpec, Index | None], ...] = ()
     logprobs: bool = True
     embeddings: bool = True
+    progress_a_token: int = 1
 
     @property
     def stats_backend(self) -> Backend:

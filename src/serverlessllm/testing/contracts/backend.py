@@ -20,7 +20,15 @@ import pytest
 from serverlessllm.agent.instance import Instance
 from serverlessllm.agent.serving import Serving, read_form
 from serverlessllm.agent.settings import AgentSettings
-from serverlessllm.backends.base import Backend, Launch, LaunchPlan, Node, Offer, Refusal
+from serverlessllm.backends.base import (
+    Backend,
+    BackendStats,
+    Launch,
+    LaunchPlan,
+    Node,
+    Offer,
+    Refusal,
+)
 from serverlessllm.backends.process import BackendProcess
 from serverlessllm.backends.procfs import session_members
 from serverlessllm.backends.settings import BackendSettings
@@ -35,11 +43,13 @@ from serverlessllm.edge.settings import EdgeSettings, UpstreamSettings
 from serverlessllm.edge.upstream import Upstreams
 from serverlessllm.openai.errors import render_error
 from serverlessllm.testing.strict import check_stream, check_whole
+from serverlessllm.testing.waiting import eventually
 
 NODE = Node(cpus=1, dram_free_bytes=1 << 32)
-LEAVE_S_MAX = 1.5
-"""How long a backend may go on generating for a client that has left: a second, and half of one
-for a busy machine."""
+LOOK_S = 1.2
+"""Between two looks whether a generation has ended: llama.cpp puts its own look for departed
+clients off by a second whenever it answers anybody."""
+LONG_TOKENS = 3900
 _JSON = (("content-type", "application/json"),)
 
 
@@ -51,7 +61,7 @@ class BackendHarness(Protocol):
 
     @property
     def spec(self) -> ModelSpec:
-        """A model that it serves; an answer may have 2,000 tokens and then takes over a second."""
+        """A model that it serves; an answer may have `LONG_TOKENS`, and then takes seconds."""
         ...
 
     @property
@@ -75,6 +85,11 @@ class BackendHarness(Protocol):
 
     @property
     def stats_backend(self) -> Backend: ...
+
+    @property
+    def progress_a_token(self) -> int:
+        """By how much a token moves its figure of progress, at least."""
+        ...
 
     @property
     def logprobs(self) -> bool: ...
@@ -133,10 +148,18 @@ class Running:
         events = [event.removeprefix("data: ") for event in got.decode().split("\n\n") if event]
         return check_stream(asked, events)
 
-    async def running(self) -> int:
-        """Requests that the engine works on."""
+    async def stats(self) -> BackendStats:
+        """The engine's own figures."""
         async with self.client.send(self.plan.address, "GET", self._harness.stats_path) as response:
-            return self._harness.stats_backend.parse_stats(await response.read()).running
+            return self._harness.stats_backend.parse_stats(await response.read())
+
+    async def begun(self) -> None:
+        """Return when it works on a request."""
+
+        async def works() -> bool:
+            return (await self.stats()).running == 1
+
+        await eventually(works)
 
 
 @contextlib.asynccontextmanager
@@ -308,9 +331,9 @@ class BackendContract:
 
     @pytest.mark.parametrize("stream", [True, False])
     async def test_a_client_that_leaves_ends_its_generation(
-        self, backend: Running, stream: bool
+        self, backend: Running, harness: BackendHarness, stream: bool
     ) -> None:
-        body = msgspec.json.encode(_chat(stream=stream, max_tokens=2000))
+        body = msgspec.json.encode(_chat(stream=stream, max_tokens=LONG_TOKENS))
 
         async def ask() -> None:
             async with backend.client.send(
@@ -320,14 +343,19 @@ class BackendContract:
 
         asking = asyncio.ensure_future(ask())
         try:
-            await _until(backend, running=1)
+            await backend.begun()
         finally:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-        # One look at the deadline and none before: llama.cpp puts its own look for departed
-        # clients off by a second whenever it answers anybody.
-        await asyncio.sleep(LEAVE_S_MAX)
-        assert await backend.running() == 0
+
+        async def ended() -> bool:
+            await asyncio.sleep(LOOK_S)
+            return (await backend.stats()).running == 0
+
+        await eventually(ended)
+        progress = (await backend.stats()).progress
+        assert progress is not None
+        assert progress < LONG_TOKENS * harness.progress_a_token
 
     @pytest.mark.parametrize(
         "body",
@@ -361,11 +389,10 @@ class BackendContract:
         assert len(first) == len(second) > 0
         assert first != second
 
-    async def test_its_figures(self, backend: Running, harness: BackendHarness) -> None:
+    async def test_its_figures(self, backend: Running) -> None:
         for _ in range(2):  # the same prompt twice: the second finds it in the cache
             await backend.ask("/v1/chat/completions", _chat())
-        async with backend.client.send(backend.plan.address, "GET", harness.stats_path) as response:
-            stats = harness.stats_backend.parse_stats(await response.read())
+        stats = await backend.stats()
         assert stats.running == stats.queued == 0
         assert 0 < stats.kv_hit_rate < 1
         assert stats.progress is None or stats.progress > 0
@@ -388,9 +415,3 @@ class BackendContract:
 
 def _descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
-
-
-async def _until(backend: Running, *, running: int) -> None:
-    """Ask until its figures say so; it has no event for it."""
-    while await backend.running() != running:  # noqa: ASYNC110 - another process's figure
-        await asyncio.sleep(0.005)
