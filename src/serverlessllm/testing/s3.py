@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,9 +21,8 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from serverlessllm.store.settings import StoreSettings
+from serverlessllm.testing.waiting import eventually_blocking
 
-_READY_S_MAX = 30.0
-_PROBE_S = 0.05
 _GRPC_OFFSET = 10_000
 """SeaweedFS listens for gRPC on each port plus this."""
 
@@ -138,16 +136,19 @@ def _wait_ready(process: subprocess.Popen[bytes], server: S3Server, log_path: Pa
         client_options={"allow_http": True},
         retry_config={"max_retries": 0},
     )
-    give_up_s = time.monotonic() + _READY_S_MAX
-    while time.monotonic() < give_up_s and process.poll() is None:
+
+    def answers() -> bool:
         try:
             store.list().collect()
         except (BaseError, OSError):
-            time.sleep(_PROBE_S)
-        else:
-            return
+            return process.poll() is not None
+        return True
+
+    eventually_blocking(answers)
+    if process.poll() is None:
+        return
     tail = log_path.read_text(errors="replace")[-2000:]
-    raise RuntimeError(f"SeaweedFS was not ready in {_READY_S_MAX:.0f} s:\n{tail}")
+    raise RuntimeError(f"SeaweedFS ended before it was ready:\n{tail}")
 
 
 def _free_ports(count: int) -> list[int]:

@@ -249,7 +249,7 @@ async def test_a_failure_later_is_an_event_and_the_engine_is_let_go(
     assert json.loads(last)["error"]["code"] == "backend_protocol_error"
     check_chunks(STREAM, [json.loads(event) for event in events])
     assert "lost" not in "".join(events)
-    await asyncio.wait_for(engine.left.wait(), 10)
+    await asyncio.wait_for(engine.left.wait(), 60)
 
 
 async def test_an_early_end_is_no_end(engine: Engine, agent: AgentClient) -> None:
@@ -344,7 +344,7 @@ async def test_who_leaves_is_not_answered_any_more(
     asking.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await asking
-    await asyncio.wait_for(engine.left.wait(), 10)
+    await asyncio.wait_for(engine.left.wait(), 60)
 
 
 async def test_an_old_client_gets_a_stream_without_chunks(

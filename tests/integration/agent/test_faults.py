@@ -175,7 +175,7 @@ class TestHang:
         async with machine.agent(**self.SMALL) as agent:
             await agent.load(fake_spec(tokens=9, token_s=0.01, hang_at_token=3))
             pid = instance(agent).process.pid  # type: ignore[union-attr]
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 *_, last = await agent.stream(MODEL)
             assert json.loads(last)["error"]["code"] == "backend_died"
             await eventually(lambda: not list(session_members(pid)))
@@ -187,8 +187,8 @@ class TestHang:
 
     async def test_silence_has_an_end_whatever_it_computes(self, machine: Machine) -> None:
         async with machine.agent(**self.SMALL, hang_cpu_share=0.0, hang_s_max=0.5) as agent:
-            await agent.load(fake_spec(tokens=2, first_token_s=60.0))
-            async with asyncio.timeout(10):
+            await agent.load(fake_spec(tokens=2, first_token_s=3600.0))
+            async with asyncio.timeout(60):
                 status, answer, _ = await agent.chat(MODEL)
             assert (status, answer["error"]["code"]) == (503, "model_not_ready")
 
@@ -212,7 +212,7 @@ async def test_a_bug_of_the_one_who_decides_is_outlived(
         return decide(owner)
 
     monkeypatch.setattr(Owner, "_decide", once_wrong)
-    async with machine.agent(task_restart_s=0.05) as agent, asyncio.timeout(10):
+    async with machine.agent(task_restart_s=0.05) as agent, asyncio.timeout(60):
         assert (await agent.load(fake_spec())).state == "ready"
     assert not bugs
 

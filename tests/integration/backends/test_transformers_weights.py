@@ -254,7 +254,7 @@ def test_the_end_of_the_arrivals_before_all_is_here_is_a_failure(
     arriving = Arriving(make("llama"), tmp_path)
     arriving.bring_side_files()
     arriving.end(whole=False)
-    assert arriving.failed.wait(10)
+    assert arriving.failed.wait(60)
     assert not arriving.arrivals.complete
 
 

@@ -18,7 +18,7 @@ from serverlessllm.testing.hostile_pickles import CANARY
 
 # Whatever the interpreter tells of is refused: what is left are reads of the source's own files.
 _VICTIM = """
-import json, os, resource, sys, time
+import json, os, resource, sys
 from pathlib import Path
 from serverlessllm.checkpoint.convert import convert
 from serverlessllm.checkpoint.sources import torch_zip
@@ -53,12 +53,10 @@ sys.addaudithook(watch)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for line in sys.stdin:
     seen.clear()
-    started = time.process_time()
     raised, message = refuse()
-    spent = time.process_time() - started
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     did = [] if sys.argv[3] == "apart" else list(seen)
-    print(json.dumps([raised, message, spent, grown, did]), flush=True)
+    print(json.dumps([raised, message, grown, did]), flush=True)
 """
 
 
@@ -79,8 +77,8 @@ class Victim:
         assert self._process.stdout.readline() == "ready\n"
         self._empty()
 
-    def convert(self, case: Hostile) -> tuple[str, str, float, int, list[str]]:
-        """Raised, message, CPU seconds, KiB that its memory ever grew, what it did beside."""
+    def convert(self, case: Hostile) -> tuple[str, str, int, list[str]]:
+        """Raised, message, KiB that its memory ever grew, what it did beside."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         case.build(self.folder)
@@ -113,12 +111,11 @@ def test_every_hostile_checkpoint_is_refused_and_nothing_else_happens(
     assert len(cases) >= 150
     assert len({case.name for case in cases}) == len(cases)
     for case in cases if mode == "within" else cases[::24]:
-        raised, message, spent_s, grown_kib, did = process.convert(case)
+        raised, message, grown_kib, did = process.convert(case)
         assert issubclass(getattr(errors, raised, type(None)), case.error), (case.name, raised)
         assert message.isprintable()
         assert "Error(" not in message
         assert did == [], case.name
-        assert spent_s < 5, case.name  # ten times what it takes, for a machine that stalls
         assert grown_kib < (64 + 20) * 1024, case.name  # its input is up to 18 MiB
         assert not process.out.exists(), case.name
         assert list(process.cwd.iterdir()) == [], f"{case.name} made {CANARY}"

@@ -23,7 +23,7 @@ from serverlessllm.edge.upstream import Upstreams
 from serverlessllm.openai.errors import render_error
 from serverlessllm.testing.clock import VirtualClock
 
-SOON_S = 5.0
+SOON_S = 30.0
 """Longer than anything here takes; a test that waits for it has failed."""
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: edge\r\n"
 

@@ -336,7 +336,7 @@ async def test_a_watcher_sees_a_model_wake_and_wakes_none(served):
         assert c.agents[0].loads == []
         chat = asyncio.ensure_future(rpc.openai("ChatCompletions", CHAT))
         states = ["cold"]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while states[-1] != "ready":
                 status = await read(call)
                 states.append(status.state)
@@ -347,7 +347,7 @@ async def test_a_watcher_sees_a_model_wake_and_wakes_none(served):
         assert (status.agents_ready, status.cache_level) == (1, "device")
         assert (await chat).code is grpc.StatusCode.OK
         await c.registry.delete_model("m")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (status := await read(call)).state != "deleted":
                 pass
         assert await read(call) is grpc.aio.EOF

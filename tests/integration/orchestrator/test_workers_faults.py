@@ -335,7 +335,7 @@ async def test_a_drain_lets_every_worker_finish_and_takes_no_more(cluster):
             body += piece
         assert body.endswith(b"data: [DONE]\n\n")
         await kept.close()
-    await asyncio.wait_for(drain, 20)
+    await asyncio.wait_for(drain, 60)
     assert pids(made) == []
 
 
@@ -347,7 +347,7 @@ async def test_a_drain_has_an_end_and_says_so_to_who_is_cut_off(cluster):
     (kept,) = (await one_of_each(made.url, 1)).values()
     await kept.send("POST", CHAT, STREAM)
     await kept.head()
-    await asyncio.wait_for(made.front.drain(), 20)
+    await asyncio.wait_for(made.front.drain(), 60)
     body = b""
     while piece := await kept.chunk():
         body += piece

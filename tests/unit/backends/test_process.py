@@ -275,7 +275,7 @@ def test_it_dies_with_whoever_started_it(tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     pid = int(parent.stdout)
     assert pid > 1
@@ -296,7 +296,7 @@ class TestOrphans:
         process = self.leave(tmp_path, "sh", "-c", "sleep 60 & wait")
         eventually_blocking(lambda: len(list(session_members(process.pid))) == 2)
         assert process.pid in kill_orphans(tmp_path)
-        assert process.wait(5) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
         eventually_blocking(lambda: not list(session_members(process.pid)))
         assert list(tmp_path.iterdir()) == []
 
@@ -307,7 +307,7 @@ class TestOrphans:
         assert kill_orphans(tmp_path) == ()
         assert process.poll() is None
         process.kill()
-        process.wait(5)
+        process.wait(60)
 
     @pytest.mark.parametrize("text", ["", "{", '{"pid": "x"}'])
     def test_a_torn_record_is_removed(self, tmp_path: Path, text: str) -> None:

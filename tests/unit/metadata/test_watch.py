@@ -35,7 +35,7 @@ AGENT = AgentRecord(
 
 
 async def take(watch: AsyncIterator[RegistryChange], count: int) -> list[RegistryChange]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return [await anext(watch) for _ in range(count)]
 
 

@@ -124,8 +124,9 @@ def test_nothing_is_kept_where_nothing_may_be():
 class Compared(str):
     """A name that counts how many it was compared with."""
 
-    times = 0
+    __slots__ = ("times",)
     __hash__ = str.__hash__
+    times: int
 
     def __eq__(self, other: object) -> bool:
         self.times += 1
@@ -137,5 +138,6 @@ def test_finding_an_item_takes_no_longer_among_many():
     many = [f"i{number}" for number in range(16_384)]
     kept.put(response("a", items=many))
     asked = Compared("i16383")
+    asked.times = 0
     assert kept.item(ME, asked, "input[0]").id == "i16383"
     assert asked.times < 10
