@@ -8,7 +8,7 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -464,6 +464,24 @@ async def cluster() -> AsyncIterator[Callable[..., object]]:
             return await stack.enter_async_context(_running(agents, settings, limits))
 
         yield start
+
+
+@pytest.fixture
+async def warm(cluster: Callable[..., Awaitable[Cluster]]) -> Cluster:
+    """A cluster with the model `m` ready."""
+    made = await cluster()
+    await made.warm("m")
+    return made
+
+
+@pytest.fixture
+async def cold(cluster: Callable[..., Awaitable[Cluster]]) -> Cluster:
+    """A cluster whose model `m` is not loaded until its agent's `load_gate` opens; streams are told
+    of it at once."""
+    made = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
+    await made.register("m")
+    made.agents[0].load_gate.clear()
+    return made
 
 
 @asynccontextmanager

@@ -49,11 +49,8 @@ async def test_an_agent_with_a_full_queue_makes_429_not_a_second_load(cluster):
     assert len(c.agents[0].loads) == 1
 
 
-async def test_a_stream_begins_at_once_and_tells_how_far_the_load_is(cluster):
-    c = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
-    await c.register("m")
-    c.agents[0].load_gate.clear()
-    client = await c.open(
+async def test_a_stream_begins_at_once_and_tells_how_far_the_load_is(cold):
+    client = await cold.open(
         {"model": "m", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
     )
     head = await client.read_until(b"\r\n\r\n")
@@ -67,7 +64,7 @@ async def test_a_stream_begins_at_once_and_tells_how_far_the_load_is(cluster):
             break
     progress = json.loads(line.removeprefix(b": "))
     assert progress == {"state": "loading", "stage": "nvme→dram", "bytes": 5, "total": 10}
-    c.agents[0].load_gate.set()
+    cold.agents[0].load_gate.set()
     rest = await client.read_until(b"data: [DONE]")
     assert b"three" in rest
     await client.leave()

@@ -27,13 +27,6 @@ def body_of(raised) -> Any:
     return raised.value.body
 
 
-@pytest.fixture
-async def warm(cluster):
-    c = await cluster()
-    await c.warm("m")
-    return c
-
-
 async def test_anthropics_client_finds_what_it_knows(warm):
     async with client_of(warm) as client:
         whole = await client.messages.create(
@@ -78,36 +71,27 @@ async def test_other_methods_are_refused_in_the_same_shape(warm):
     assert answer.json()["type"] == "error"
 
 
-async def test_a_stream_of_a_cold_model_begins_with_comments(cluster):
-    c = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
-    await c.register("m")
-    c.agents[0].load_gate.clear()
-    async with client_of(c) as client:
+async def test_a_stream_of_a_cold_model_begins_with_comments(cold):
+    async with client_of(cold) as client:
         stream = await client.messages.create(model="m", max_tokens=8, messages=HI, stream=True)
-        c.agents[0].load_gate.set()
-        types = [event.type async for event in stream]
+        cold.agents[0].load_gate.set()
+        types = [event.type async for event in stream]  # whoever reads events sees no comment
     assert (types[0], types[-1]) == ("message_start", "message_stop")
 
 
-async def test_progress_as_a_ping_for_those_who_ask(cluster):
-    c = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
-    await c.register("m")
-    c.agents[0].load_gate.clear()
-    raw = await c.open(STREAM, "/v1/messages", {"x-sllm-progress": "chunk"})
+async def test_progress_as_a_ping_for_those_who_ask(cold):
+    raw = await cold.open(STREAM, "/v1/messages", {"x-sllm-progress": "chunk"})
     before = await raw.read_until(b'"loading":{')
     assert b'event: ping\ndata: {"type":"ping","loading":{' in before
     assert b"message_start" not in before
-    c.agents[0].load_gate.set()
+    cold.agents[0].load_gate.set()
     await raw.read_until(b"event: message_stop")
     await raw.leave()
 
 
-async def test_a_load_that_fails_in_a_stream_is_an_error_event(cluster):
-    c = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
-    await c.register("m")
-    agent = c.agents[0]
-    agent.load_gate.clear()
-    async with client_of(c) as client:
+async def test_a_load_that_fails_in_a_stream_is_an_error_event(cold):
+    agent = cold.agents[0]
+    async with client_of(cold) as client:
         stream = await client.messages.create(model="m", max_tokens=8, messages=HI, stream=True)
         agent.load_error = LoadFailed("it does not fit")
         agent.load_gate.set()

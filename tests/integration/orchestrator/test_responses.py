@@ -41,13 +41,6 @@ def client_of(c) -> Any:
     )
 
 
-@pytest.fixture
-async def warm(cluster):
-    c = await cluster()
-    await c.warm("m")
-    return c
-
-
 async def test_an_openai_client_goes_on_from_a_response(warm):
     async with client_of(warm) as client:
         first = await client.responses.create(model="m", input="hi", instructions="Be kind.")
@@ -202,28 +195,22 @@ async def test_who_does_not_wait_is_told_how_far_the_load_is(cluster):
     assert int(answer.headers["retry-after"]) >= 1
 
 
-async def test_a_stream_of_a_cold_model_begins_with_comments(cluster):
-    c = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
-    await c.register("m")
-    c.agents[0].load_gate.clear()
-    client = await c.open(STREAM, "/v1/responses")
+async def test_a_stream_of_a_cold_model_begins_with_comments(cold):
+    client = await cold.open(STREAM, "/v1/responses")
     head = await client.read_until(b"\r\n\r\n")
     assert b"200 OK" in head
     assert b"text/event-stream" in head
     assert b'"bytes"' in await client.read_until(b'"bytes":5')
-    c.agents[0].load_gate.set()
+    cold.agents[0].load_gate.set()
     rest = (await client.read_until(b'"type":"response.completed"')).decode()
     assert rest.index("response.created") < rest.index("one")
     await client.leave()
 
 
-async def test_progress_as_an_event_for_those_who_ask(cluster):
-    c = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
-    await c.register("m")
-    c.agents[0].load_gate.clear()
-    client = await c.open(STREAM, "/v1/responses", {"x-sllm-progress": "chunk"})
+async def test_progress_as_an_event_for_those_who_ask(cold):
+    client = await cold.open(STREAM, "/v1/responses", {"x-sllm-progress": "chunk"})
     before = (await client.read_until(b'"loading":{')).decode()
-    c.agents[0].load_gate.set()
+    cold.agents[0].load_gate.set()
     rest = (await client.read_until(b"event: response.completed\n")).decode()
     await client.leave()
     assert before.count("event: response.created") == 1
@@ -231,12 +218,9 @@ async def test_progress_as_an_event_for_those_who_ask(cluster):
     assert "event: response.output_text.done" in rest
 
 
-async def test_a_load_that_fails_in_a_stream_is_an_error_event(cluster):
-    c = await cluster(comment_interval_s=0.02, stream_grace_s=0.01)
-    await c.register("m")
-    agent = c.agents[0]
-    agent.load_gate.clear()
-    client = await c.open(STREAM, "/v1/responses")
+async def test_a_load_that_fails_in_a_stream_is_an_error_event(cold):
+    agent = cold.agents[0]
+    client = await cold.open(STREAM, "/v1/responses")
     await client.read_until(b'"bytes"')
     agent.load_error = LoadFailed("it does not fit")
     agent.load_gate.set()
