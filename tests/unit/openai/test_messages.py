@@ -28,7 +28,8 @@ from serverlessllm.openai.messages.events import Assembly, Ping
 from serverlessllm.openai.messages.request import parse_count, parse_create
 from serverlessllm.openai.request import parse_chat
 from serverlessllm.openai.settings import RequestLimits
-from serverlessllm.openai.sse import typed_event, typed_events
+from serverlessllm.openai.sse import typed_event
+from serverlessllm.testing.dialects import call, told
 
 LIMITS = RequestLimits()
 EVENT: TypeAdapter[RawMessageStreamEvent] = TypeAdapter(RawMessageStreamEvent)
@@ -324,31 +325,13 @@ def test_a_chats_complaint_is_told_in_our_words(theirs, ours):
     assert (told.param, told.message) == (ours, f"{ours}: no")
 
 
-def told(events):
-    """Each event as it is on the wire, seen by Anthropic's types; pings are left out."""
-    frames = typed_events(events).decode().split("\n\n")[:-1]
-    found = []
-    for frame in frames:
-        name, data = frame.split("\n")
-        if name == "event: ping":
-            continue
-        event = EVENT.validate_json(data.removeprefix("data: "), strict=True)
-        assert name == f"event: {event.type}"
-        found.append(event)
-    return found
-
-
 def play(choices, *, thinks=False, usage=USAGE):
     made = Assembly(begun("msg_u", "m"), thinks)
     events = made.begin()
     for choice in choices:
         events += made.take(choice)
-    return told(events + made.end(usage))
-
-
-def call(index, *, name=None, arguments=None, call_id=None):
-    piece = ToolCallPiece(index=index, id=call_id, function=FunctionPiece(name, arguments))
-    return Choice(delta=Delta(tool_calls=(piece,)))
+    events += made.end(usage)
+    return told([event for event in events if not isinstance(event, Ping)], EVENT)
 
 
 def test_a_streamed_text():

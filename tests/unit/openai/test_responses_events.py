@@ -17,9 +17,7 @@ from serverlessllm.openai.chats import (
     ChoiceLogprobs,
     Delta,
     Failure,
-    FunctionPiece,
     TokenLogprob,
-    ToolCallPiece,
     TopLogprob,
     read_answer,
 )
@@ -29,7 +27,7 @@ from serverlessllm.openai.responses.assembly import Assembly
 from serverlessllm.openai.responses.events import error_frame
 from serverlessllm.openai.responses.request import parse_create
 from serverlessllm.openai.settings import RequestLimits
-from serverlessllm.openai.sse import typed_events
+from serverlessllm.testing.dialects import call, told
 
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 USAGE = read_answer(
@@ -44,28 +42,11 @@ def assembly(**fields):
     return Assembly(begun(create, "resp_u", 5), "u")
 
 
-def call(index, *, name=None, arguments=None, call_id=None):
-    piece = ToolCallPiece(index=index, id=call_id, function=FunctionPiece(name, arguments))
-    return Choice(delta=Delta(tool_calls=(piece,)))
-
-
-def told(events):
-    """Each event as it is on the wire, seen by OpenAI's types."""
-    frames = typed_events(events).decode().split("\n\n")[:-1]
-    found = []
-    for frame in frames:
-        name, data = frame.split("\n")
-        event = EVENT.validate_json(data.removeprefix("data: "), strict=True)
-        assert name == f"event: {event.type}"
-        found.append(event)
-    return found
-
-
 def play(made, choices, usage=USAGE):
     events = made.begin()
     for choice in choices:
         events += made.take(choice)
-    found = told(events + made.end(usage, 7))
+    found = told(events + made.end(usage, 7), EVENT)
     assert [event.sequence_number for event in found] == list(range(len(found)))
     return found
 
@@ -194,7 +175,7 @@ def test_what_breaks_off_keeps_what_it_has():
     events = made.begin() + made.take(Choice(delta=Delta(content="fo")))
     error = ErrorFields(message="it died", type="server_error", param=None, code="backend_died")
     events += made.fail(Failure(status=0, error=error))
-    last = told(events)[-1]
+    last = told(events, EVENT)[-1]
     assert last.type == "response.failed"
     assert (last.response.status, last.response.error.code) == ("failed", "server_error")
     assert last.response.output_text == "fo"
@@ -205,7 +186,7 @@ def test_a_load_is_told_as_progress_of_the_response():
     made = assembly()
     loading = read_answer(b'{"choices":[{}],"loading":{"state":"loading"}}').loading
     assert loading is not None
-    events = told(made.begin() + made.wait(loading))
+    events = told(made.begin() + made.wait(loading), EVENT)
     assert events[-1].type == "response.in_progress"
     assert events[-1].model_extra == {"loading": {"state": "loading"}}
 
@@ -303,7 +284,7 @@ def test_a_whole_answer_is_one_big_piece():
     made = assembly()
     made.take(answer.choices[0])
     made.end(answer.usage, 7)
-    assert [item.type for item in told(made.end(ChatUsage(), 7))[-1].response.output] == [
+    assert [item.type for item in told(made.end(ChatUsage(), 7), EVENT)[-1].response.output] == [
         "function_call",
         "function_call",
     ]
