@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -125,11 +126,19 @@ def _convert_quantized(
     quantize.check_installed()
     with quantize.ended_by_signals(), quantize.work_folder(destination) as work:
         request = QuantizeRequest(
-            source=str(source), work=str(work), scheme=chosen, evaluate=asked.evaluate
+            source=str(source),
+            work=str(work.path),
+            parent=os.getpid(),
+            scheme=chosen,
+            evaluate=asked.evaluate,
         )
-        report = quantize.quantize(request, lambda at: bar(at.stage, at.done, at.total))
+        report = quantize.quantize(request, work.lock, lambda at: bar(at.stage, at.done, at.total))
         rounded = open_folder(
-            work, model=raw.model, source=raw.source, revision=raw.revision, license=raw.license
+            work.path,
+            model=raw.model,
+            source=raw.source,
+            revision=raw.revision,
+            license=raw.license,
         )
         done = Quantization(
             scheme=report.scheme,

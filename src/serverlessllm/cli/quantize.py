@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, NamedTuple
 
 import msgspec
 
@@ -46,6 +46,14 @@ _LOG_BYTES = 2000
 """Of what the process wrote to stderr before it died, at most."""
 
 
+class WorkFolder(NamedTuple):
+    """An empty folder that one run has to itself."""
+
+    path: Path
+    lock: int
+    """A descriptor: whoever has it open keeps other runs out."""
+
+
 def check_installed() -> None:
     """Refuse when a library is missing, before anything is read.
 
@@ -61,7 +69,7 @@ def check_installed() -> None:
 
 
 @contextmanager
-def work_folder(destination: Path) -> Iterator[Path]:
+def work_folder(destination: Path) -> Iterator[WorkFolder]:
     """An empty folder beside `destination`, on the same disk; removed on the way out.
 
     What a killed run has left in it goes first.
@@ -82,15 +90,17 @@ def work_folder(destination: Path) -> Iterator[Path]:
         shutil.rmtree(inner, ignore_errors=True)
         inner.mkdir()
         try:
-            yield inner
+            yield WorkFolder(inner, lock)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
 
 
-def quantize(request: QuantizeRequest, on_advance: Callable[[Advanced], None]) -> Report:
+def quantize(request: QuantizeRequest, lock: int, on_advance: Callable[[Advanced], None]) -> Report:
     """Run the process until it has written `request.work`; it never outlives this call.
+
+    It holds the folder's `lock` too: when we are killed, the next run starts after its end.
 
     Raises:
         Failure: the source cannot be quantised, or the process died; says which and why.
@@ -101,6 +111,7 @@ def quantize(request: QuantizeRequest, on_advance: Callable[[Advanced], None]) -
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
+            pass_fds=[lock],
             env=os.environ | _ENVIRONMENT,
         )
         with process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tests.integration.checkpoint.hf_models import (
 )
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from serverlessllm.backends.inside.quantize.__main__ import main
+import serverlessllm.backends.inside.quantize as quantize_package
 from serverlessllm.backends.inside.quantize.evaluate import check_possible
 from serverlessllm.backends.inside.quantize.folder import write_folder
 from serverlessllm.backends.inside.quantize.messages import (
@@ -315,14 +316,35 @@ def test_rows_that_do_not_divide_are_refused_by_name(tmp_path):
     assert quantize(source, tmp_path / "other", "int4", 16).quantized
 
 
-def test_the_process_says_why_it_refuses(sources, tmp_path, monkeypatch, capfd):
-    request = QuantizeRequest(
-        source=str(sources["llama"]), work=str(tmp_path), scheme=scheme("int4", 256)
+def run_process(request: QuantizeRequest) -> subprocess.CompletedProcess[bytes]:
+    argument = msgspec.json.encode(request).decode()
+    return subprocess.run(
+        [sys.executable, "-m", quantize_package.__name__, argument],
+        stdout=subprocess.PIPE,
+        timeout=110,
+        check=False,
     )
-    monkeypatch.setattr(sys, "argv", ["", msgspec.json.encode(request).decode()])
-    with pytest.raises(SystemExit, match=r"^1$"):
-        main()
-    told = msgspec.json.decode(capfd.readouterr().out, type=Message)
+
+
+def test_the_process_of_one_who_is_gone_does_nothing(sources, tmp_path):
+    request = QuantizeRequest(
+        source=str(sources["llama"]), work=str(tmp_path), parent=1, scheme=scheme("int8", None)
+    )
+    ended = run_process(request)
+    assert (ended.returncode, ended.stdout) == (1, b"")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_process_says_why_it_refuses(sources, tmp_path):
+    request = QuantizeRequest(
+        source=str(sources["llama"]),
+        work=str(tmp_path),
+        parent=os.getpid(),
+        scheme=scheme("int4", 256),
+    )
+    ended = run_process(request)
+    assert ended.returncode == 1
+    told = msgspec.json.decode(ended.stdout, type=Message)
     assert isinstance(told, Failed)
     assert "q_proj.weight' has rows of 64 weights, which do not divide" in told.message
     assert "--group-size 16 or 32 or 64 would" in told.message

@@ -76,6 +76,8 @@ def test_ended_on_the_way(number, source, tmp_path):
     running.send_signal(number)
     _, said = running.communicate(timeout=60)
     assert not (tmp_path / "out" / "model.idx").exists()
+    # Nobody is left of those that it started.
+    eventually_blocking(lambda: not group_lives(running.pid))
     if number == signal.SIGKILL:
         assert running.returncode == -signal.SIGKILL
         (tmp_path / "again").mkdir()
@@ -85,8 +87,6 @@ def test_ended_on_the_way(number, source, tmp_path):
     else:
         assert running.returncode == 130, said
         assert not list(tmp_path.iterdir())
-    # Nobody is left of those that it started.
-    eventually_blocking(lambda: not group_lives(running.pid))
 
 
 def group_lives(group: int) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +23,10 @@ from serverlessllm.cli.convert import _print_report, convert
 from serverlessllm.cli.failure import Failure
 
 REQUEST = QuantizeRequest(
-    source="/nowhere", work="/nowhere", scheme=Scheme(name="int8", group_size=None)
+    source="/nowhere",
+    work="/nowhere",
+    parent=os.getpid(),
+    scheme=Scheme(name="int8", group_size=None),
 )
 
 
@@ -51,12 +56,12 @@ def test_a_missing_library_is_told_with_the_way_out(monkeypatch):
 
 
 def test_the_work_folder_is_gone_afterwards_also_on_failure(tmp_path):
-    with quantize.work_folder(tmp_path / "out") as work:
+    with quantize.work_folder(tmp_path / "out") as (work, _):
         (work / "shard").write_bytes(b"x")
     assert not list(tmp_path.iterdir())
     with (
         suppress(KeyboardInterrupt),
-        quantize.work_folder(tmp_path / "out") as work,
+        quantize.work_folder(tmp_path / "out") as (work, _),
     ):
         (work / "shard").write_bytes(b"x")
         raise KeyboardInterrupt
@@ -67,13 +72,13 @@ def test_what_a_killed_run_left_goes_first(tmp_path):
     left = tmp_path / ".out.quantizing" / "folder"
     left.mkdir(parents=True)
     (left / "shard").write_bytes(b"x")
-    with quantize.work_folder(tmp_path / "out") as work:
+    with quantize.work_folder(tmp_path / "out") as (work, _):
         assert not list(work.iterdir())
 
 
 def test_two_runs_to_one_destination_are_told_apart(tmp_path):
     with (
-        quantize.work_folder(tmp_path / "out") as work,
+        quantize.work_folder(tmp_path / "out") as (work, _),
         pytest.raises(Failure, match="another process is quantising"),
         quantize.work_folder(tmp_path / "out"),
     ):
@@ -91,6 +96,12 @@ def test_a_link_in_the_place_of_the_work_folder_is_not_followed(tmp_path):
     assert (elsewhere / "folder").exists()
 
 
+@pytest.fixture
+def lock(tmp_path) -> Iterator[int]:
+    with quantize.work_folder(tmp_path / "out") as work:
+        yield work.lock
+
+
 def process_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
     """Let this be run in the place of the quantising process."""
     (tmp_path / "stand_in.py").write_text(script)
@@ -98,22 +109,22 @@ def process_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -
     monkeypatch.setattr(quantize, "_MODULE", "stand_in")
 
 
-def test_a_process_that_dies_is_told_with_its_last_words(monkeypatch, tmp_path):
+def test_a_process_that_dies_is_told_with_its_last_words(monkeypatch, tmp_path, lock):
     script = "import os, sys\nsys.stderr.write('no' * 9999 + ' memory left')\nos.abort()"
     process_that(monkeypatch, tmp_path, script)
     with pytest.raises(Failure, match=r"no memory left$") as failed:
-        quantize.quantize(REQUEST, lambda _: None)
+        quantize.quantize(REQUEST, lock, lambda _: None)
     assert len(str(failed.value)) < 2100
 
 
-def test_its_refusal_is_ours(monkeypatch, tmp_path):
+def test_its_refusal_is_ours(monkeypatch, tmp_path, lock):
     script = 'print(\'{"type":"failed","message":"too odd"}\')'
     process_that(monkeypatch, tmp_path, script)
     with pytest.raises(Failure, match=r"^too odd$"):
-        quantize.quantize(REQUEST, lambda _: None)
+        quantize.quantize(REQUEST, lock, lambda _: None)
 
 
-def test_it_never_outlives_who_asked(monkeypatch, tmp_path):
+def test_it_never_outlives_who_asked(monkeypatch, tmp_path, lock):
     script = (
         "import os, time\n"
         'print(\'{"type":"advanced","stage":"quantising","done":%d,"total":9}\' '
@@ -128,9 +139,37 @@ def test_it_never_outlives_who_asked(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize.quantize(REQUEST, interrupted)
+        quantize.quantize(REQUEST, lock, interrupted)
     with pytest.raises(ProcessLookupError):
         os.kill(seen[0], 0)
+
+
+def test_others_are_kept_out_while_the_process_lives(monkeypatch, tmp_path):
+    """Also when whoever started it was killed: its descriptor of the lock is closed here."""
+    script = (
+        "import sys\n"
+        'print(\'{"type":"advanced","stage":"quantising","done":1,"total":9}\', flush=True)\n'
+        "sys.stdin.read()\n"
+        'print(\'{"type":"failed","message":"done"}\')\n'
+    )
+    process_that(monkeypatch, tmp_path, script)
+    folder = tmp_path / ".out.quantizing"
+    folder.mkdir()
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    refused: list[str] = []
+
+    def killed(_at: Advanced) -> None:
+        os.close(lock)
+        with pytest.raises(Failure) as failed, quantize.work_folder(tmp_path / "out"):
+            pass
+        refused.append(str(failed.value))
+
+    with pytest.raises(Failure, match=r"^done$"):
+        quantize.quantize(REQUEST, lock, killed)
+    assert refused == [f"another process is quantising to {tmp_path / 'out'}"]
+    with quantize.work_folder(tmp_path / "out") as work:
+        assert work.path.is_dir()
 
 
 def test_the_report_for_people(capsys):

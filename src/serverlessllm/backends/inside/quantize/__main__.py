@@ -17,6 +17,7 @@ from serverlessllm.backends.inside.quantize.messages import (
     Report,
 )
 from serverlessllm.core.errors import SLLMError
+from serverlessllm.core.parent import die_with
 
 
 def main() -> None:
@@ -24,13 +25,15 @@ def main() -> None:
 
     Descriptor 1 is kept for the messages alone: what a library prints goes to stderr.
     """
+    request = msgspec.json.decode(sys.argv[1], type=QuantizeRequest)
+    die_with(request.parent)
     with os.fdopen(os.dup(1), "wb", buffering=0) as answers:
         os.dup2(2, 1)
 
         def say(message: Message) -> None:
             answers.write(msgspec.json.encode(message) + b"\n")
 
-        last = _answer(msgspec.json.decode(sys.argv[1], type=QuantizeRequest), say)
+        last = _answer(request, say)
         say(last)
     sys.exit(1 if isinstance(last, Failed) else 0)
 

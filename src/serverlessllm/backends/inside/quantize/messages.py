@@ -14,6 +14,8 @@ class QuantizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A folder of raw weights of full precision, or one file of them."""
     work: str
     """An empty folder for the quantised ones."""
+    parent: int
+    """Process id of who asks: the process ends with it."""
     scheme: Scheme
     evaluate: bool = False
     """Compare the logits of both models too: needs memory for one of them."""
