@@ -76,7 +76,7 @@ def parse_duration_s(value: str | float) -> float:
 
 
 def format_duration(duration_s: float) -> str:
-    """A duration for people: `forever`, `850 ms`, `12.0 s`, `5m00s`, `2h05m`."""
+    """A duration for people: `forever`, `850 ms`, `12.0 s`, `5m00s`, `2h05m`, `30d00h`."""
     if duration_s < 0:
         return "forever"
     if duration_s < 1:
@@ -87,4 +87,8 @@ def format_duration(duration_s: float) -> str:
     if minutes < 60:
         return f"{minutes}m{seconds:02d}s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m"
+    if hours < 48:
+        return f"{hours}h{minutes:02d}m"
+    # From here an hour is the grain: a key made for 30 days shows `30d00h` a second later.
+    days, hours = divmod(round(duration_s / 3600), 24)
+    return f"{days}d{hours:02d}h"

@@ -67,13 +67,18 @@ _STATUS = re.compile(r"(?:status|http error)[^0-9]{0,20}([45]\d\d)", re.IGNORECA
 def reason(text: str) -> str:
     """Why a call failed, in our own words."""
     lowered = text.lower()
-    status = _STATUS.search(text)
+    status = _status(text)
     if status is not None:
-        return f"it answers with status {status[1]}"
+        return f"it answers with status {status}"
     for pattern, words in _REASONS:
         if re.search(pattern, lowered):
             return words
     return "the request failed"
+
+
+def _status(text: str) -> int | None:
+    found = _STATUS.search(text)
+    return None if found is None else int(found[1])
 
 
 def is_disk_full(text: str) -> bool:
@@ -97,15 +102,21 @@ def translate(error: Exception, where: str) -> Exception:
         case PreconditionError():
             return ObjectChanged(f"an object of the store {where} changed while it was read")
         case PermissionDeniedError() | UnauthenticatedError() | PermissionError():
-            return AccessDenied(
-                f"the store {where} refuses our credentials: check the store's keys and rights"
-            )
+            return _denied(where)
+    if _status(text) in (401, 403):  # a listing: the client has no type for it
+        return _denied(where)
     if is_disk_full(text):
         return OutOfSpace(f"the store {where} is full: free space or use another store")
     return StoreUnavailable(
         f"the store {where} is not available ({reason(text)}): check its URL, that it runs, "
         "and the network to it",
         retry_after_s=5.0,
+    )
+
+
+def _denied(where: str) -> AccessDenied:
+    return AccessDenied(
+        f"the store {where} refuses our credentials: check the store's keys and rights"
     )
 
 

@@ -70,7 +70,16 @@ def test_a_formatted_size_reads_back_within_its_precision(size_bytes):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(-1, "forever"), (0.85, "850 ms"), (12, "12.0 s"), (300, "5m00s"), (7500, "2h05m")],
+    [
+        (-1, "forever"),
+        (0.85, "850 ms"),
+        (12, "12.0 s"),
+        (300, "5m00s"),
+        (7500, "2h05m"),
+        (47.9 * 3600, "47h54m"),
+        (30 * 86400 - 1, "30d00h"),
+        (2.5 * 86400, "2d12h"),
+    ],
 )
 def test_durations_for_people(seconds, text):
     assert format_duration(seconds) == text

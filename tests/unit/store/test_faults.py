@@ -217,6 +217,15 @@ async def test_a_refusal_is_not_tried_again(wire: Wire, status: int, kind: type[
     assert "SECRET" not in str(raised.value)
 
 
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_refused_listing_is_a_refusal_too(wire: Wire, status: int) -> None:
+    """The object store's client has no type of its own for it."""
+    wire.answers = [refusing(status)] * 3
+    with pytest.raises(AccessDenied, match="check the store's keys and rights") as raised:
+        await wire.store().check()
+    assert "SECRET" not in str(raised.value)
+
+
 async def test_a_slow_range_is_given_up_and_asked_for_again(wire: Wire) -> None:
     clock = VirtualClock()
     wire.answers = [never]
