@@ -23,6 +23,9 @@ class _Kind(msgspec.Struct):
 
 
 _kind = msgspec.json.Decoder(_Kind)
+_text_or_kinds = msgspec.json.Decoder(str | list[_Kind])
+_kinds = msgspec.json.Decoder(list[_Kind])
+_pieces = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def read_piece(piece: msgspec.Raw, decoder: msgspec.json.Decoder[_T], path: str) -> _T:
@@ -35,6 +38,23 @@ def read_piece(piece: msgspec.Raw, decoder: msgspec.json.Decoder[_T], path: str)
         return decoder.decode(piece)
     except msgspec.ValidationError as error:
         raise explain(error, path) from error
+
+
+def read_pieces(piece: msgspec.Raw, path: str) -> list[msgspec.Raw]:
+    """The objects of an array, each as it came.
+
+    Raises:
+        InvalidRequest: it is no array, or one of them no object. The first that is none ends the
+            reading: a million numbers are never made.
+    """
+    read_piece(piece, _kinds, path)
+    return _pieces.decode(piece)
+
+
+def read_text_or_pieces(piece: msgspec.Raw, path: str) -> str | list[msgspec.Raw]:
+    """A text, or as `read_pieces`."""
+    found = read_piece(piece, _text_or_kinds, path)
+    return found if isinstance(found, str) else _pieces.decode(piece)
 
 
 def is_given(piece: msgspec.Raw) -> bool:

@@ -16,6 +16,10 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Backslashes in the body; a text of program code has one in 20 characters."""
     commas_max: int = 1_000_000
     """Commas in the body: one in four characters of the largest body."""
+    members_max: int = 40_000
+    """Members of all objects in the body; a message has two or three. Each is an object of the
+    interpreter's wherever a field is passed on as it came, and the interpreter does nothing else
+    meanwhile."""
     containers_max: int = 100_000
     """Arrays and objects in the body."""
     n_max: int = 128

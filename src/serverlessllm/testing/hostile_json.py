@@ -49,17 +49,25 @@ _ITEMS = {
     "tools": b'{"type":"function","function":{"name":"a","parameters":{}}}',
     "blank": b" " * 40 + b"0",
 }
-_COUNTS_MAX = (49_000, 99_000, BODY_BYTES)
-"""Below and above the limits on strings and containers."""
+_COUNTS_MAX = (39_000, 49_000, 99_000, BODY_BYTES)
+"""Below and above the limits on members, strings and containers."""
 _LISTS = {
     "messages": ("messages", "parts"),
     "input": ("zeros", "integers", "strings", "messages", "parts"),
     "prompt": ("zeros", "integers", "strings"),
     "documents": ("strings", "objects"),
-    "tools": ("tools", "objects"),
+    "tools": ("zeros", "tools", "objects"),
     "stop": ("strings",),
 }
 """Fields that are read, and what a list of them may hold."""
+
+
+_TOOLS = (
+    b'"tools":[{"type":"function","function":{"name":"a","parameters":{%b}}}]',
+    b'"tools":[{"type":"function","name":"a","parameters":{%b}}]',
+    b'"tools":[{"name":"a","input_schema":{%b}}]',
+)
+"""A tool with a schema, in each dialect."""
 
 
 def bodies(path: str, size_bytes: int = BODY_BYTES) -> Iterator[tuple[str, bytes]]:
@@ -89,12 +97,15 @@ def bodies(path: str, size_bytes: int = BODY_BYTES) -> Iterator[tuple[str, bytes
 
 
 def _keys(path: str, most: int) -> Iterator[tuple[str, bytes]]:
-    for count in (49_000, 99_000):
+    for count in (39_000, 49_000, 99_000):
         several = b",".join(b'"%d":1' % n for n in range(count))
         for field in (b"x", b"logit_bias", b"metadata", b"web_search_options", b"options"):
             yield f"{count} keys as {field.decode()}", _body(path, b'"%b":{%b}' % (field, several))
         form = b'"response_format":{"type":"json_schema","json_schema":{"name":"a","schema":{%b}}}'
         yield f"a schema of {count} keys", _body(path, form % several)
+        for shape, tool in enumerate(_TOOLS):
+            yield f"a tool of {count} keys, shape {shape}", _body(path, tool % several)
+        yield f"{count} keys at the top", _body(path, several)
     yield "a key again and again", _body(path, b",".join([b'"a":0'] * (most // 6)))
 
 

@@ -39,8 +39,8 @@ class Quick(ScriptedAgent):
 
 
 class Turns:
-    """What each turn of an event loop costs: CPU time of its thread alone, so that no neighbour
-    counts. A turn is one callback or more."""
+    """What each turn of an event loop costs: CPU time of this process, so that no neighbour counts,
+    and a thread that keeps the interpreter does. A turn is one callback or more."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -49,11 +49,11 @@ class Turns:
         self._on = False
 
     def begin(self) -> None:
-        self.worst_s, self._last_s, self._on = 0.0, time.thread_time(), True
+        self.worst_s, self._last_s, self._on = 0.0, time.process_time(), True
         self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        now_s = time.thread_time()
+        now_s = time.process_time()
         self.worst_s = max(self.worst_s, now_s - self._last_s)
         self._last_s = now_s
         if self._on:

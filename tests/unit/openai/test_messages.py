@@ -284,6 +284,8 @@ def test_a_count_needs_no_bound():
             "'web_search_20250305'",
         ),
         ({"tools": [{"name": "x"}]}, "tools[0].input_schema", "required"),
+        ({"tools": {}}, "tools", "expected `array`, got `object`"),
+        ({"tools": [TOOL, 7]}, "tools[1]", "expected `object`, got `int`"),
         ({"tool_choice": {"type": "any"}}, "tool_choice", "no tools"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "x"}},

@@ -14,7 +14,7 @@ from serverlessllm.core.errors import InvalidJSON
 from serverlessllm.openai.nesting import check_nesting
 from serverlessllm.openai.settings import RequestLimits
 
-TEXTS = st.text(alphabet='ab\\"[]{}/,\n\u00e9\u0000bfnrtu', max_size=12)
+TEXTS = st.text(alphabet='ab\\"[]{}/,:\n\u00e9\u0000bfnrtu', max_size=12)
 VALUES = st.recursive(
     st.none() | st.integers() | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
@@ -38,6 +38,22 @@ def test_depth_is_what_a_parser_would_find(value: Any, ascii_only: bool, long: b
     if depth:
         with pytest.raises(InvalidJSON, match="nested deeper"):
             check_nesting(body, RequestLimits(depth_max=depth - 1))
+
+
+def members_of(value: Any) -> int:
+    if isinstance(value, dict):
+        return len(value) + sum(map(members_of, value.values()))
+    return sum(map(members_of, value)) if isinstance(value, list) else 0
+
+
+@given(VALUES, st.booleans())
+def test_members_are_those_that_a_parser_would_find(value: Any, ascii_only: bool) -> None:
+    body = json.dumps(value, ensure_ascii=ascii_only).encode() + b" " * 20_000
+    members = members_of(value)
+    check_nesting(body, RequestLimits(members_max=members))
+    if members:
+        with pytest.raises(InvalidJSON, match=f"more than {members - 1} members"):
+            check_nesting(body, RequestLimits(members_max=members - 1))
 
 
 @given(st.binary(max_size=200))

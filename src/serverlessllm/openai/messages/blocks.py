@@ -8,7 +8,14 @@ import msgspec
 from msgspec import Raw, Struct
 
 from serverlessllm.core.errors import InvalidRequest
-from serverlessllm.openai.reading import NOTHING, is_given, kind_of, read_piece, unsupported
+from serverlessllm.openai.reading import (
+    NOTHING,
+    is_given,
+    kind_of,
+    read_piece,
+    read_text_or_pieces,
+    unsupported,
+)
 
 _KNOWN = "send text, image, tool_use or tool_result blocks"
 _THOUGHTS = frozenset({"thinking", "redacted_thinking"})
@@ -61,7 +68,6 @@ class _Result(Struct, frozen=True):
     content: Raw = NOTHING
 
 
-_text_or_blocks = msgspec.json.Decoder(str | list[Raw])
 _text = msgspec.json.Decoder(Text)
 _image = msgspec.json.Decoder(_Image)
 _use = msgspec.json.Decoder(ToolUse)
@@ -96,7 +102,7 @@ def read_turn(role: Literal["user", "assistant", "system"], content: Raw, path: 
 
 def _pieces(content: Raw, path: str) -> list[tuple[str, Raw | str]]:
     """Each block and where it lies; a text is the only one of its message."""
-    found = read_piece(content, _text_or_blocks, path)
+    found = read_text_or_pieces(content, path)
     if isinstance(found, str):
         return [(path, found)]
     return [(f"{path}[{i}]", piece) for i, piece in enumerate(found)]

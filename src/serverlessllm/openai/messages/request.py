@@ -10,7 +10,14 @@ from msgspec import Meta, Raw, Struct
 from serverlessllm.core.errors import InvalidRequest
 from serverlessllm.openai.chats import OWN_FIELDS
 from serverlessllm.openai.messages.blocks import Turn, read_system, read_turn
-from serverlessllm.openai.reading import NOTHING, is_given, kind_of, read_piece, unsupported
+from serverlessllm.openai.reading import (
+    NOTHING,
+    is_given,
+    kind_of,
+    read_piece,
+    read_pieces,
+    unsupported,
+)
 from serverlessllm.openai.request import read_request
 from serverlessllm.openai.settings import RequestLimits
 
@@ -41,7 +48,7 @@ class _Count(Struct, frozen=True, kw_only=True):
     model: str
     messages: list[_Turn]
     system: Raw = NOTHING
-    tools: list[Raw] | None = None
+    tools: Raw = NOTHING
     tool_choice: Raw = NOTHING
     thinking: _Thinking | None = None
     output_config: _Output | None = None
@@ -156,7 +163,7 @@ def _prompt(asked: _Count, limits: RequestLimits) -> Prompt:
         raise InvalidRequest("messages: at least one message is needed", param="messages")
     if len(asked.messages) > limits.messages_max:
         raise InvalidRequest(f"messages: at most {limits.messages_max}", param="messages")
-    given = asked.tools or ()
+    given = read_pieces(asked.tools, "tools") if is_given(asked.tools) else ()
     if len(given) > limits.tools_max:
         raise InvalidRequest(f"tools: at most {limits.tools_max}", param="tools")
     tools = tuple(_read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given))

@@ -165,7 +165,8 @@ def check_functions(functions: list[FunctionDefinition], limits: RequestLimits) 
 
 def check_schema(param: str, schema: Schema, limits: RequestLimits) -> None:
     """Raise for a schema that is longer than a backend should have to compile."""
-    if sum(memoryview(value).nbytes for value in schema.values()) > limits.schema_bytes_max:
+    size = sum(len(key) + memoryview(value).nbytes for key, value in schema.items())
+    if size > limits.schema_bytes_max:
         raise ObjectTooLarge(f"{param}: at most {limits.schema_bytes_max} bytes", param=param)
 
 

@@ -9,7 +9,13 @@ import msgspec
 from msgspec import Raw, Struct
 
 from serverlessllm.core.errors import InvalidRequest
-from serverlessllm.openai.reading import is_given, kind_of, read_piece, unsupported
+from serverlessllm.openai.reading import (
+    is_given,
+    kind_of,
+    read_piece,
+    read_text_or_pieces,
+    unsupported,
+)
 from serverlessllm.openai.responses.items import (
     Content,
     FunctionCall,
@@ -91,7 +97,6 @@ _text = msgspec.json.Decoder(_Text)
 _refusal = msgspec.json.Decoder(_Refusal)
 _image = msgspec.json.Decoder(_Image)
 _audio = msgspec.json.Decoder(_Audio)
-_texts_or_pieces = msgspec.json.Decoder(str | list[Raw])
 
 
 def read_items(given: Raw, limits: RequestLimits, uid: str) -> tuple[Item | ItemReference, ...]:
@@ -102,7 +107,7 @@ def read_items(given: Raw, limits: RequestLimits, uid: str) -> tuple[Item | Item
     """
     if not is_given(given):
         return ()
-    found = read_piece(given, _texts_or_pieces, "input")
+    found = read_text_or_pieces(given, "input")
     if isinstance(found, str):
         return (Message(id=f"msg_{uid}i0", role="user", content=(InputText(text=found),)),)
     if len(found) > limits.messages_max:
@@ -142,7 +147,7 @@ def _read_item(piece: Raw, path: str, uid: str) -> Item | ItemReference:
 
 
 def _read_content(given: Raw, path: str, role: str) -> tuple[Content, ...]:
-    found = read_piece(given, _texts_or_pieces, path)
+    found = read_text_or_pieces(given, path)
     says = OutputText if role == "assistant" else InputText
     if isinstance(found, str):
         return (says(text=found),)
@@ -160,7 +165,7 @@ def _as_output(parts: Iterable[Content], path: str) -> Iterable[Content]:
 
 
 def _read_output(given: Raw, path: str) -> str | tuple[InputText | InputImage | InputAudio, ...]:
-    found = read_piece(given, _texts_or_pieces, path)
+    found = read_text_or_pieces(given, path)
     if isinstance(found, str):
         return found
     parts: list[InputText | InputImage | InputAudio] = []

@@ -9,7 +9,7 @@ from msgspec import Meta, Raw, Struct
 
 from serverlessllm.core.errors import InvalidRequest
 from serverlessllm.openai.chats import OWN_FIELDS
-from serverlessllm.openai.reading import NOTHING, is_given
+from serverlessllm.openai.reading import NOTHING, is_given, read_pieces
 from serverlessllm.openai.request import read_request
 from serverlessllm.openai.responses.input import read_items
 from serverlessllm.openai.responses.items import Item, ItemReference
@@ -56,7 +56,7 @@ class _Create(Struct, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    tools: list[Raw] | None = None
+    tools: Raw = NOTHING
     tool_choice: Raw = NOTHING
     parallel_tool_calls: bool | None = None
     text: _Text | None = None
@@ -122,12 +122,15 @@ def parse_create(body: bytes, limits: RequestLimits, uid: str) -> Create:
             `param` names it.
     """
     asked = read_request(_create, body, limits)
-    _check(asked, limits)
+    _check(asked)
     items = read_items(asked.input, limits, uid)
     if not items and asked.previous_response_id is None:
         raise InvalidRequest("input: at least one item is needed", param="input")
     text = asked.text or _Text()
-    tools = tuple(read_tool(tool, f"tools[{i}]") for i, tool in enumerate(asked.tools or ()))
+    given = read_pieces(asked.tools, "tools") if is_given(asked.tools) else ()
+    if len(given) > limits.tools_max:
+        raise InvalidRequest(f"tools: at most {limits.tools_max} tools", param="tools")
+    tools = tuple(read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given))
     choice = read_choice(asked.tool_choice)
     check_choice(choice, tools)
     return Create(
@@ -156,7 +159,7 @@ def parse_create(body: bytes, limits: RequestLimits, uid: str) -> Create:
     )
 
 
-def _check(asked: _Create, limits: RequestLimits) -> None:
+def _check(asked: _Create) -> None:
     asks = {
         "background": bool(asked.background),
         "conversation": is_given(asked.conversation),
@@ -167,8 +170,6 @@ def _check(asked: _Create, limits: RequestLimits) -> None:
             raise InvalidRequest(f"{field}: {cure}", param=field)
     if len(asked.metadata or ()) > _METADATA_MAX:
         raise InvalidRequest(f"metadata: at most {_METADATA_MAX} pairs", param="metadata")
-    if len(asked.tools or ()) > limits.tools_max:
-        raise InvalidRequest(f"tools: at most {limits.tools_max} tools", param="tools")
     if asked.truncation == "auto":
         raise InvalidRequest(
             "truncation: only 'disabled' is supported; what is too long is refused with "

@@ -15,7 +15,6 @@ from serverlessllm.core.agentapi import (
 )
 from serverlessllm.core.clock import Clock
 from serverlessllm.core.errors import BackendDied, ModelNotReady, NoCapacity, SLLMError
-from serverlessllm.core.units import KIB
 from serverlessllm.edge.link import Link
 from serverlessllm.edge.relay import relay, relay_whole
 from serverlessllm.edge.server import Request
@@ -27,6 +26,7 @@ from serverlessllm.edge.upstream import (
     Upstreams,
     UpstreamUnreachable,
 )
+from serverlessllm.openai.nesting import LONG_BYTES
 from serverlessllm.openai.request import ParsedRequest, check_content_type
 from serverlessllm.openai.settings import RequestLimits
 from serverlessllm.openai.sse import EVENT_STREAM_HEADERS, error_event
@@ -49,8 +49,6 @@ from serverlessllm.telemetry.table import REQUEST_RETRIES
 Parse = Callable[[bytes, RequestLimits], ParsedRequest]
 
 _OK: Final = 200
-_QUICK_BYTES: Final = 256 * KIB
-"""Of a body that is parsed at once; the most hostile longer ones would hold the event loop."""
 _REFUSED: Final = f"\r\n{REFUSED_HEADER}: ".encode()
 _DIED: Final = "the model's server went away during the answer; send the request again"
 _DIED_EVENT: Final = error_event(BackendDied(_DIED))
@@ -93,7 +91,7 @@ class Inference:
             SLLMError: `answer` will, too.
         """
         body = request.whole
-        if body is None or len(body) > _QUICK_BYTES:
+        if body is None or len(body) > LONG_BYTES:
             return None
         wishes = _wishes_of(request)
         call = self._call(request, parse(body, self._limits), body, wishes)
@@ -138,7 +136,7 @@ class Inference:
         body = request.whole
         if body is None:
             body = await request.body()
-        if len(body) <= _QUICK_BYTES:
+        if len(body) <= LONG_BYTES:
             parsed = parse(body, self._limits)
         else:
             parsed = await asyncio.to_thread(parse, body, self._limits)
