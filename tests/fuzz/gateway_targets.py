@@ -364,7 +364,7 @@ def infer_requests(data: bytes) -> None:
     except DecodeError:
         return
     try:
-        wanted = read_infer(request)
+        wanted = read_infer(request, RequestLimits())
     except SLLMError as error:
         _check_refusal(error)
         return

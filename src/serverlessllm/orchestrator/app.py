@@ -100,6 +100,7 @@ class Orchestrator:
             clock=clock,
         )
         self._room = WaitingRoom(loads, settings, clock)
+        self._limits = limits
         self._feed = Feed(self.view, registry, settings, clock)
         self._vigil = Vigil(
             settings, view=self.view, router=self._router, upstreams=self._upstreams, clock=clock
@@ -242,6 +243,7 @@ class Orchestrator:
         self._check_public(self._settings.grpc_listen)
         self._grpc = GrpcServer(
             self._settings,
+            limits=self._limits,
             front=self._front,
             view=self.view,
             room=self._room,

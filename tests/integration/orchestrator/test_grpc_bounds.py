@@ -200,6 +200,16 @@ async def test_a_message_over_the_limit_is_refused_unread(served):
         assert (await rpc.openai("ChatCompletions", CHAT)).code is grpc.StatusCode.OK
 
 
+async def test_a_message_of_very_many_parts_is_refused_by_its_bytes(served):
+    c = await served()
+    request = triton.ModelInferRequest(model_name="m", raw_input_contents=[b""] * 2_000_000)
+    async with connected(c.front.grpc_address) as rpc:
+        call = await rpc.call(TRITON, "ModelInfer", request)
+        assert call.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "8192 parts" in call.details
+        assert (await rpc.openai("ChatCompletions", CHAT)).code is grpc.StatusCode.OK
+
+
 async def test_metadata_over_the_limit_is_refused(served):
     c = await served()
     async with connected(c.front.grpc_address) as rpc:

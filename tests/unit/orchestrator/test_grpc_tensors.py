@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serverlessllm.core.errors import InvalidJSON, InvalidRequest, SLLMError
+from serverlessllm.openai.settings import RequestLimits
 from serverlessllm.orchestrator.grpc.proto import open_inference_pb2 as pb
 from serverlessllm.orchestrator.grpc.tensors import add_floats, add_strings, floats, read_inputs
 from serverlessllm.orchestrator.grpc.texts import Wanted, read_request, write_answer
@@ -159,7 +160,7 @@ def requests(draw):
 @given(requests())
 def test_no_request_is_a_bug(made):
     with contextlib.suppress(InvalidRequest, InvalidJSON):
-        assert read_request(made).body.startswith(b"{")
+        assert read_request(made, RequestLimits()).body.startswith(b"{")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from serverlessllm.core.errors import InvalidRequest
+from serverlessllm.core.errors import InvalidJSON, InvalidRequest
+from serverlessllm.openai.settings import RequestLimits
 from serverlessllm.orchestrator.grpc.proto import open_inference_pb2 as pb
 from serverlessllm.orchestrator.grpc.texts import read_request, write_answer
 
@@ -28,7 +29,7 @@ def asked(parameters=(), outputs=(), **inputs):
     kinds = {str: "string_param", int: "int64_param", float: "double_param"}
     for key, value in dict(parameters).items():
         setattr(made.parameters[key], kinds[type(value)], value)
-    return read_request(made)
+    return read_request(made, RequestLimits())
 
 
 def body(wanted):
@@ -123,3 +124,24 @@ def test_inputs_are_embedded_in_their_order():
 def test_what_is_wrong_is_said(inputs, says):
     with pytest.raises(InvalidRequest, match=says):
         asked(**inputs)
+
+
+@pytest.mark.parametrize("name", ["text_input", "input"])
+def test_a_text_of_nothing_but_line_breaks_is_refused(name):
+    assert asked(**{name: "\n" * 400_000}).body
+    with pytest.raises(InvalidRequest, match="line breaks"):
+        asked(**{name: "\n" * 400_001})
+
+
+@pytest.mark.parametrize("name", ["openai_request", "sampling_parameters"])
+def test_json_of_very_many_members_is_refused(name):
+    text = json.dumps({str(number): number for number in range(50_000)})
+    others = {} if name == "openai_request" else {"text_input": "hi"}
+    with pytest.raises(InvalidJSON, match="members"):
+        asked(**{name: text}, **others)
+
+
+@pytest.mark.parametrize("messages", ["[0]", "{}", '["hi"]', "[[]]"])
+def test_messages_are_objects(messages):
+    with pytest.raises(InvalidJSON, match="'messages'"):
+        asked(messages=messages)

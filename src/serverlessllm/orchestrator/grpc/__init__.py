@@ -7,6 +7,7 @@ own front door (`rest/front.py`), so that key, limits, cold start and errors are
 |---|---|
 | `server.py` | listens, drains, closes |
 | `calls.py` | one call: its metadata, messages, deadlines, and how it ends |
+| `wire.py` | how many parts a message has, before any is made |
 | `asking.py` | asks the front door on a call's behalf, and reads what it says |
 | `statuses.py` | an error as status, trailing metadata and JSON |
 | `openai.py` | `serverlessllm.v1.Inference` |

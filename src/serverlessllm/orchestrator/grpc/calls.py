@@ -22,6 +22,7 @@ from serverlessllm.core.ids import ModelId
 from serverlessllm.edge.limits import Sweeper
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.orchestrator.grpc.statuses import Failure, Metadata, Refused, failure_of
+from serverlessllm.orchestrator.grpc.wire import Malformed, check_parts
 from serverlessllm.orchestrator.rest.guard import Given
 from serverlessllm.orchestrator.tallies import Tallies
 from serverlessllm.telemetry.logs import log
@@ -243,7 +244,8 @@ def one(kind: type[M], answer: Callable[[Call, M], Awaitable[A]]) -> Serve:
 
 def _parsed(kind: type[M], data: bytes) -> M:
     try:
+        check_parts(kind, data)
         return kind.FromString(data)
-    except DecodeError as error:
+    except (DecodeError, Malformed) as error:
         name = kind.DESCRIPTOR.full_name
         raise InvalidRequest(f"the message is not a {name}, or a text is not UTF-8") from error

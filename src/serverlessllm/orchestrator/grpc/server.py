@@ -15,6 +15,7 @@ from serverlessllm.core.errors import Draining
 from serverlessllm.core.ids import Address
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.edge.wire import join_address, split_address
+from serverlessllm.openai.settings import RequestLimits
 from serverlessllm.orchestrator.coldstart import WaitingRoom
 from serverlessllm.orchestrator.grpc import health, openai, repository
 from serverlessllm.orchestrator.grpc.asking import Asking
@@ -40,6 +41,7 @@ class GrpcServer:
         self,
         settings: OrchestratorSettings,
         *,
+        limits: RequestLimits,
         front: Front,
         view: ClusterView,
         room: WaitingRoom,
@@ -62,7 +64,9 @@ class GrpcServer:
         watching = Watching(settings, view=view, room=room, clock=clock)
         statistics = Statistics(view, clock)
         own = openai.OpenAI(self._asking, watching, room.listeners)
-        triton = Triton(self._asking, settings, statistics=statistics, closing=self._closing)
+        triton = Triton(
+            self._asking, settings, limits=limits, statistics=statistics, closing=self._closing
+        )
         models = repository.Repository(
             self._asking, view=view, watching=watching, statistics=statistics, not_ready=not_ready
         )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
 
 from serverlessllm.core.errors import BackendProtocolError, InvalidJSON, InvalidRequest
+from serverlessllm.openai.nesting import check_nesting
+from serverlessllm.openai.settings import RequestLimits
 from serverlessllm.orchestrator.grpc.proto.open_inference_pb2 import (
     InferParameter,
     ModelInferRequest,
@@ -40,9 +41,16 @@ _RESERVED = ("sequence_", "triton_", "priority", "timeout", "binary_data_output"
 Body = dict[str, msgspec.Raw]
 T = TypeVar("T")
 
+_ESCAPED = bytes(range(0x20)) + b'"\\'
 _objects = msgspec.json.Decoder(Body)
-_arrays = msgspec.json.Decoder(list[msgspec.Raw])
 _encoder = msgspec.json.Encoder()
+
+
+class _Object(msgspec.Struct, frozen=True):
+    """Any: what is in it is not made."""
+
+
+_messages = msgspec.json.Decoder(list[_Object])
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,30 +64,16 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """Put before the text: the prompt, where it is asked for."""
 
 
-def _number(values: tuple[object, ...]) -> msgspec.Raw:
-    return msgspec.Raw(_encoder.encode(values[0]))
-
-
-def _texts(values: tuple[object, ...]) -> msgspec.Raw:
-    return msgspec.Raw(_encoder.encode([_utf8(v) for v in values if isinstance(v, bytes)]))
-
-
-_FIELDS: dict[str, tuple[str, Callable[[tuple[object, ...]], msgspec.Raw]]] = {
-    "max_tokens": ("max_tokens", _number),
-    "temperature": ("temperature", _number),
-    "top_p": ("top_p", _number),
-    "top_k": ("top_k", _number),
-    "min_p": ("min_p", _number),
-    "seed": ("seed", _number),
-    "random_seed": ("seed", _number),
-    "frequency_penalty": ("frequency_penalty", _number),
-    "presence_penalty": ("presence_penalty", _number),
-    "repetition_penalty": ("repetition_penalty", _number),
-    "stop": ("stop", _texts),
-    "stop_words": ("stop", _texts),
-}
+_NUMBER_INPUTS = {
+    name: name
+    for name in (
+        "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty",
+        "presence_penalty", "repetition_penalty",
+    )
+} | {"random_seed": "seed"}  # fmt: skip
+_TEXT_INPUTS = {"stop": "stop", "stop_words": "stop"}
 """Inputs that are a field of the body each, as TensorRT-LLM has them."""
-_NUMBERS = {field for field, read in _FIELDS.values() if read is _number} | {
+_NUMBERS = {*_NUMBER_INPUTS.values()} | {
     "n", "best_of", "logprobs", "min_tokens", "ignore_eos", "max_completion_tokens",
 }  # fmt: skip
 """Parameters that clients of the vLLM backend send as text."""
@@ -98,7 +92,7 @@ INPUTS = (
 """Those that are told of a model; all are optional, but one of the first four."""
 
 
-def read_request(request: ModelInferRequest) -> Wanted:
+def read_request(request: ModelInferRequest, limits: RequestLimits) -> Wanted:
     """What a request asks for.
 
     Raises:
@@ -111,12 +105,12 @@ def read_request(request: ModelInferRequest) -> Wanted:
             "inputs: exactly one of text_input, messages, openai_request and input", param="inputs"
         )
     switches = {name: _switch(inputs.pop(name)) for name in _SWITCHES if name in inputs}
-    body = _parameters(request, inputs.pop("sampling_parameters", None))
+    body = _parameters(request, inputs.pop("sampling_parameters", None), limits)
     source = inputs.pop(asked[0])
     for name, tensor in inputs.items():
-        field, value = _field(name, tensor)
+        field, value = _field(name, tensor, limits)
         body[field] = value
-    path, before = _source(source, body)
+    path, before = _source(source, body, limits)
     stream = switches.get("stream", False)
     if "stream" in switches or source.name != "openai_request":
         body["stream"] = msgspec.Raw(b"true" if stream else b"false")
@@ -138,21 +132,21 @@ def read_request(request: ModelInferRequest) -> Wanted:
     )
 
 
-def _source(source: Tensor, body: Body) -> tuple[str, bytes]:
+def _source(source: Tensor, body: Body, limits: RequestLimits) -> tuple[str, bytes]:
     """Which route answers, with its field in `body`; and the prompt as text."""
     if source.name == "input":
-        body["input"] = _texts(_bytes(source))
+        body["input"] = _texts(_bytes(source), limits)
         return _EMBED, b""
     text = _one(source)
     if source.name == "messages":
-        _decode(_arrays, text, source.name)
+        _decode(_messages, text, source.name, limits)
         body["messages"] = msgspec.Raw(text)
         return _CHAT, b""
     if source.name == "openai_request":
-        whole: Body = _decode(_objects, text, source.name)
+        whole: Body = _decode(_objects, text, source.name, limits)
         body.update(whole)
         return (_CHAT if "messages" in body else _EMBED if "input" in body else _TEXT), b""
-    body["prompt"] = msgspec.Raw(_encoder.encode(_utf8(text)))
+    body["prompt"] = msgspec.Raw(_encoder.encode(_utf8(text, limits)))
     return _TEXT, text
 
 
@@ -174,14 +168,14 @@ def _outputs(
     return outputs
 
 
-def _parameters(request: ModelInferRequest, given: Tensor | None) -> Body:
+def _parameters(request: ModelInferRequest, given: Tensor | None, limits: RequestLimits) -> Body:
     """Fields of the body: the request's parameters, and the tensor that may bring them."""
     fields: Body = {}
     for key, parameter in request.parameters.items():
         if not key.startswith(_RESERVED):
             fields[key] = msgspec.Raw(_encoder.encode(_choice(key, parameter)))
     if given is not None:
-        brought: Body = _decode(_objects, _one(given), given.name)
+        brought: Body = _decode(_objects, _one(given), given.name, limits)
         fields.update(brought)
     for key in _NUMBERS & fields.keys():
         fields[key] = _unquoted(fields[key])
@@ -208,17 +202,15 @@ def _unquoted(value: msgspec.Raw) -> msgspec.Raw:
     return msgspec.Raw(text.encode())
 
 
-def _field(name: str, tensor: Tensor) -> tuple[str, msgspec.Raw]:
-    known = _FIELDS.get(name)
-    if known is None:
+def _field(name: str, tensor: Tensor, limits: RequestLimits) -> tuple[str, msgspec.Raw]:
+    if name in _TEXT_INPUTS:
+        return _TEXT_INPUTS[name], _texts(_bytes(tensor), limits)
+    if name not in _NUMBER_INPUTS:
         raise InvalidRequest(f"inputs: there is no input {name[:100]!r}", param="inputs")
-    field, read = known
-    if read is _texts:
-        return field, _texts(_bytes(tensor))
     value = _single(tensor)
     if isinstance(value, bytes):
         raise InvalidRequest(f"the input {name!r} is a number, not BYTES", param="inputs")
-    return field, read((value,))
+    return _NUMBER_INPUTS[name], msgspec.Raw(_encoder.encode(value))
 
 
 def _switch(tensor: Tensor) -> bool:
@@ -249,14 +241,28 @@ def _bytes(tensor: Tensor) -> tuple[object, ...]:
     return tensor.values
 
 
-def _utf8(text: bytes) -> str:
+def _texts(values: tuple[object, ...], limits: RequestLimits) -> msgspec.Raw:
+    texts = [_utf8(value, limits) for value in values if isinstance(value, bytes)]
+    return msgspec.Raw(_encoder.encode(texts))
+
+
+def _utf8(text: bytes, limits: RequestLimits) -> str:
+    """A text whose JSON the front door would take: to write escapes takes the longest of all."""
+    if len(text) > limits.backslashes_max:
+        escapes = len(text) - len(text.translate(None, _ESCAPED))
+        if escapes > limits.backslashes_max:
+            raise InvalidRequest(
+                f"a text has more than {limits.backslashes_max} line breaks, quotes and the like",
+                param="inputs",
+            )
     try:
         return text.decode()
     except UnicodeDecodeError as error:
         raise InvalidRequest("a text is not UTF-8", param="inputs") from error
 
 
-def _decode(decoder: msgspec.json.Decoder[T], text: bytes, name: str) -> T:
+def _decode(decoder: msgspec.json.Decoder[T], text: bytes, name: str, limits: RequestLimits) -> T:
+    check_nesting(text, limits)
     try:
         return decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from serverlessllm.core.errors import Draining, InvalidRequest, ModelNotFound, SLLMError
+from serverlessllm.openai.settings import RequestLimits
 from serverlessllm.orchestrator.grpc.asking import Asking, events, is_stream
 from serverlessllm.orchestrator.grpc.calls import Call, Serve, one
 from serverlessllm.orchestrator.grpc.proto.open_inference_pb2 import (
@@ -24,6 +25,7 @@ from serverlessllm.orchestrator.grpc.statuses import (
     failure_of,
 )
 from serverlessllm.orchestrator.grpc.texts import Wanted, read_request, write_answer, write_nothing
+from serverlessllm.orchestrator.rest.translating import translate
 from serverlessllm.orchestrator.settings import OrchestratorSettings
 from serverlessllm.telemetry.logs import log
 
@@ -47,10 +49,12 @@ class Triton:
         asking: Asking,
         settings: OrchestratorSettings,
         *,
+        limits: RequestLimits,
         statistics: Statistics,
         closing: asyncio.Event,
     ) -> None:
         self._asking = asking
+        self._limits = limits
         self._at_once_max = settings.grpc_requests_per_stream_max
         self._statistics = statistics
         self._closing = closing
@@ -60,7 +64,7 @@ class Triton:
         }
 
     async def _infer(self, call: Call, request: ModelInferRequest) -> ModelInferResponse:
-        wanted = _read(request)
+        wanted = await translate(request.ByteSize(), _read, request, self._limits)
         if wanted.stream:
             raise InvalidRequest("stream: ModelInfer gives one response; use ModelStreamInfer")
         with self._statistics.measured(request.model_name):
@@ -80,7 +84,7 @@ class Triton:
         Raises:
             SLLMError, Refused: what went wrong.
         """
-        wanted = _read(request)
+        wanted = await translate(request.ByteSize(), _read, request, self._limits)
         with self._statistics.measured(request.model_name):
             async with self._asking.ask(part, "POST", wanted.path, wanted.body) as answer:
                 if is_stream(answer):
@@ -233,11 +237,11 @@ async def _send_chunks(
     await send(ModelStreamInferResponse(infer_response=held))
 
 
-def _read(request: ModelInferRequest) -> Wanted:
+def _read(request: ModelInferRequest, limits: RequestLimits) -> Wanted:
     if len(request.id) > _ID_CHARS_MAX:  # it is in every response to the request
         raise InvalidRequest(f"id: at most {_ID_CHARS_MAX} characters", param="id")
     check_version(request.model_name, request.model_version)
-    return read_request(request)
+    return read_request(request, limits)
 
 
 def check_version(name: str, version: str) -> None:
