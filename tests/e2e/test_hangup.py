@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,25 @@ def test_under_nohup_it_outlives_its_terminal(data_dir, tmp_path):
         assert running.alive
         os.kill(running.pid, signal.SIGTERM)
         assert running.wait() == 0
+
+
+def test_who_cannot_say_that_it_is_ready_is_ready(data_dir):
+    """The terminal may close just then."""
+    arguments = ["--data-dir", str(data_dir), "--port", "0", "--set=edge.drain_accept_s=0"]
+    with (
+        Path("/dev/full").open("w") as full,
+        subprocess.Popen(
+            [sys.executable, "-m", "serverlessllm.cli.main", "orchestrator", *arguments],
+            stdout=full,
+        ) as running,
+    ):
+        stdout = Path(f"/proc/{running.pid}/fd/1")
+        try:
+            eventually_blocking(lambda: stdout.readlink() == Path(os.devnull))
+            running.terminate()
+            assert running.wait() == 0
+        finally:
+            running.kill()
 
 
 @pytest.mark.parametrize("verb", ["serve", "agent"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,18 @@ def print_json(value: object) -> None:
 def print_line(value: object) -> None:
     """One value on one line, at once: a stream that another program reads."""
     print(msgspec.json.encode(value).decode(), flush=True)
+
+
+def print_if_read(line: str) -> None:
+    """A line that nothing depends on, at once: where nobody can read it (a terminal that closes),
+    it goes nowhere, and so does what is printed later."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        # What could not be written waits in the buffer, and would fail once more at the exit.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[RenderableType]]) -> None:

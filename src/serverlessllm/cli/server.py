@@ -52,7 +52,9 @@ def run(loaded: Loaded, main: Main, *, free_port: str) -> None:
     from serverlessllm.core.errors import Conflict, SLLMError
 
     def announce(address: Address) -> None:
-        print(f"ready on {address} (stop: Ctrl-C)", flush=True)
+        from serverlessllm.cli.output import print_if_read
+
+        print_if_read(f"ready on {address} (stop: Ctrl-C)")
 
     try:
         signals.run(lambda control: main(loaded, control, announce))
