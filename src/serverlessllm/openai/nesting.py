@@ -1,4 +1,4 @@
-"""How deep a JSON body is nested, found without building any of it.
+"""How deep a JSON body is nested, and of how much it is made, found without building any of it.
 
 Only byte operations that run in C: a body of megabytes costs milliseconds, and no parser has
 recursed by then.
@@ -14,9 +14,7 @@ from serverlessllm.core.errors import InvalidJSON
 from serverlessllm.openai.settings import RequestLimits
 
 LONG_BYTES: Final = 262_144
-"""Longer bodies are read beside the event loop: the most hostile ones would hold it. In a thread,
-compiled code keeps the interpreter until it is done: it hands it over between steps of
-milliseconds."""
+"""Longer bodies are read beside the event loop: the most hostile ones would hold it."""
 _SHORT_BYTES: Final = 16_384
 """Such a body is worth counting before anything else is done with it."""
 _to_brackets: Final = bytes.maketrans(b"{}", b"[]")
@@ -25,6 +23,13 @@ _to_steps: Final = bytes.maketrans(b"[]", b"\x01\xff")
 _plain: Final = bytes(byte for byte in range(256) if byte not in b'[]{}":')
 _plain_beside_escapes: Final = bytes(byte for byte in _plain if byte not in b"\\/bfnrtu")
 """What may follow a backslash stays: else it would seem to escape the next thing that stays."""
+
+
+def hand_over(size_bytes: int) -> None:
+    """Let the event loop have the interpreter before the next step with a body of that size: in a
+    thread, compiled code keeps it until all steps are done."""
+    if size_bytes > LONG_BYTES:
+        time.sleep(0)
 
 
 def check_nesting(body: bytes, limits: RequestLimits) -> None:
@@ -42,8 +47,7 @@ def check_nesting(body: bytes, limits: RequestLimits) -> None:
         raise InvalidJSON(f"the body's objects have more than {limits.members_max} members")
     if len(structure) - members > 2 * limits.containers_max:
         raise InvalidJSON(f"the body has more than {limits.containers_max} arrays and objects")
-    if size > LONG_BYTES:
-        time.sleep(0)
+    hand_over(size)
     brackets = structure.translate(_to_brackets, b":")
     # Most bodies are wide and shallow: their innermost pairs, one level, are most of them.
     outer = brackets.replace(b"[]", b"")
@@ -66,6 +70,5 @@ def _structure(body: bytes, limits: RequestLimits) -> bytes:
         marks = body.translate(None, _plain)
     if marks.count(b'"') > 2 * limits.strings_max:
         raise InvalidJSON(f"the body has more than {limits.strings_max} strings")
-    if size > LONG_BYTES:
-        time.sleep(0)
+    hand_over(size)
     return b"".join(marks.split(b'"')[::2])

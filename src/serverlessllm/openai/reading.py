@@ -41,12 +41,14 @@ def read_piece(piece: msgspec.Raw, decoder: msgspec.json.Decoder[_T], path: str)
 
 
 def read_pieces(piece: msgspec.Raw, path: str) -> list[msgspec.Raw]:
-    """The objects of an array, each as it came.
+    """The objects of an array, each as it came; null has none.
 
     Raises:
         InvalidRequest: it is no array, or one of them no object. The first that is none ends the
             reading: a million numbers are never made.
     """
+    if not is_given(piece):
+        return []
     read_piece(piece, _kinds, path)
     return _pieces.decode(piece)
 
@@ -59,7 +61,7 @@ def read_text_or_pieces(piece: msgspec.Raw, path: str) -> str | list[msgspec.Raw
 
 def is_given(piece: msgspec.Raw) -> bool:
     """Whether it says more than null."""
-    return bytes(piece) != b"null"
+    return bytes(memoryview(piece)[:5]) != b"null"
 
 
 def kind_of(piece: msgspec.Raw, path: str) -> str | None:

@@ -163,7 +163,7 @@ def _prompt(asked: _Count, limits: RequestLimits) -> Prompt:
         raise InvalidRequest("messages: at least one message is needed", param="messages")
     if len(asked.messages) > limits.messages_max:
         raise InvalidRequest(f"messages: at most {limits.messages_max}", param="messages")
-    given = read_pieces(asked.tools, "tools") if is_given(asked.tools) else ()
+    given = read_pieces(asked.tools, "tools")
     if len(given) > limits.tools_max:
         raise InvalidRequest(f"tools: at most {limits.tools_max}", param="tools")
     tools = tuple(_read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import Final, TypeVar
 
 import msgspec
 
 from serverlessllm.core.errors import InvalidJSON, InvalidRequest, UnsupportedMediaType
-from serverlessllm.openai.nesting import LONG_BYTES, check_nesting
+from serverlessllm.openai.nesting import check_nesting, hand_over
 from serverlessllm.openai.request.errors import (
     AboveMaximum,
     ArrayTooLong,
@@ -69,15 +68,13 @@ def read_request(decoder: msgspec.json.Decoder[T], body: bytes, limits: RequestL
         InvalidRequest: a field is missing, of a wrong type or out of range; `param` names it.
     """
     check_nesting(body, limits)
-    if len(body) > LONG_BYTES:
-        time.sleep(0)
+    hand_over(len(body))
     if not body.isascii():
         try:
             body.decode()
         except UnicodeDecodeError as found:
             raise InvalidJSON(f"the body is not UTF-8 (byte {found.start})") from found
-    if len(body) > LONG_BYTES:
-        time.sleep(0)
+    hand_over(len(body))
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as invalid:

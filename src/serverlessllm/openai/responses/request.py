@@ -127,7 +127,7 @@ def parse_create(body: bytes, limits: RequestLimits, uid: str) -> Create:
     if not items and asked.previous_response_id is None:
         raise InvalidRequest("input: at least one item is needed", param="input")
     text = asked.text or _Text()
-    given = read_pieces(asked.tools, "tools") if is_given(asked.tools) else ()
+    given = read_pieces(asked.tools, "tools")
     if len(given) > limits.tools_max:
         raise InvalidRequest(f"tools: at most {limits.tools_max} tools", param="tools")
     tools = tuple(read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given))
