@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 
 import pytest
 
@@ -22,6 +21,7 @@ from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.openai.errors import render_error
 from serverlessllm.testing.agents import Machine, chat_body, fake_spec
 from serverlessllm.testing.clock import VirtualClock
+from serverlessllm.testing.descriptors import open_descriptors
 from serverlessllm.testing.waiting import eventually
 
 MODEL = "fake-model"
@@ -390,7 +390,7 @@ async def test_metrics_are_told(machine: Machine) -> None:
 
 
 async def test_everything_is_given_back(machine: Machine) -> None:
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    descriptors = open_descriptors()
     tasks = asyncio.all_tasks()
     pids: list[int] = []
     async with machine.agent() as agent:
@@ -402,7 +402,7 @@ async def test_everything_is_given_back(machine: Machine) -> None:
     await asyncio.gather(*asking, return_exceptions=True)
     assert len(pids) == 2
     assert not any(list(session_members(pid)) for pid in pids)
-    assert asyncio.all_tasks() == tasks
-    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    assert asyncio.all_tasks() <= tasks
+    assert open_descriptors() <= descriptors
     left = {path.name for path in machine.run_dir.rglob("*") if path.is_file() or path.is_socket()}
     assert left == {"lock"}

@@ -18,6 +18,7 @@ from serverlessllm.metadata.open import open_metadata
 from serverlessllm.metadata.settings import MetadataSettings
 from serverlessllm.metadata.sqlite import SqliteMetadata
 from serverlessllm.testing.clock import VirtualClock
+from serverlessllm.testing.descriptors import open_descriptors
 
 Open = Callable[..., SqliteMetadata]
 QUICK = MetadataSettings(call_timeout_s=0.4)
@@ -203,22 +204,13 @@ async def test_only_its_user_may_read_it(path: Path, open_store: Open) -> None:
 
 
 async def test_it_gives_back_what_it_took(path: Path) -> None:
-    def descriptors() -> list[str]:
-        found = []
-        for fd in Path("/proc/self/fd").iterdir():
-            try:
-                found.append(str(fd.readlink()))
-            except FileNotFoundError:
-                continue
-        return [f for f in found if str(path) in f or "inotify" in f]
-
-    tasks = len(asyncio.all_tasks())
+    descriptors, tasks = open_descriptors(), asyncio.all_tasks()
     store = SqliteMetadata(path, PATIENT, SystemClock())
     await store.lease(100)
-    assert descriptors()
+    assert any(str(path) in opened for opened in open_descriptors() - descriptors)
     await store.close()
-    assert descriptors() == []
-    assert len(asyncio.all_tasks()) == tasks
+    assert open_descriptors() <= descriptors
+    assert asyncio.all_tasks() <= tasks
     assert {p.name for p in path.parent.iterdir()} == {"metadata.db", "metadata.db.wake"}
 
 

@@ -9,7 +9,6 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,6 +19,7 @@ from tests.integration.orchestrator.conftest import _running, beating
 
 from serverlessllm.edge.settings import EdgeSettings
 from serverlessllm.orchestrator.settings import OrchestratorSettings
+from serverlessllm.testing.descriptors import open_descriptors
 from serverlessllm.testing.hostile_http import ALIVE, CASES, GOOD, SLOW, Case
 from serverlessllm.testing.waiting import eventually_blocking
 
@@ -240,15 +240,11 @@ def test_nothing_of_them_stays(served: Served) -> None:
     eventually_blocking(lambda: served.connections() == 0)
     good, _ = play(served.where, GOOD[0])  # whatever is kept for the next request is there
     assert [answer.status for answer in good] == [200]
-    tasks, descriptors = served.tasks(), descriptors_open()
+    tasks, descriptors = served.tasks(), open_descriptors()
     for case in CASES:
         if case not in SLOW:
             play(served.where, case)
     eventually_blocking(lambda: served.connections() == 0)
     eventually_blocking(lambda: served.tasks() <= tasks + KEPT)
-    eventually_blocking(lambda: descriptors_open() <= descriptors + KEPT)
+    eventually_blocking(lambda: len(open_descriptors() - descriptors) <= KEPT)
     assert served.complaints == []
-
-
-def descriptors_open() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))

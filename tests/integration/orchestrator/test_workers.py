@@ -13,6 +13,7 @@ import pytest
 
 from serverlessllm.core.apikeys import ApiKey, NewApiKey
 from serverlessllm.core.ids import Address, ModelId
+from serverlessllm.testing.descriptors import open_descriptors
 from serverlessllm.testing.kept import Kept, one_of_each
 from serverlessllm.testing.waiting import eventually
 
@@ -51,17 +52,6 @@ async def figure(made, name: str, *labels: str) -> float:
         for line in text.splitlines()
         if line.startswith((f"{name}{{", f"{name} ")) and all(label in line for label in labels)
     )
-
-
-def descriptors() -> set[str]:
-    """What this process has open, by what it is."""
-    found = set()
-    for path in Path("/proc/self/fd").iterdir():
-        try:
-            found.add(f"{path.name} {os.readlink(path)}")  # noqa: PTH115 - need not exist
-        except FileNotFoundError:
-            continue
-    return found
 
 
 async def test_every_worker_answers_what_is_warm_and_the_sum_is_shown(cluster):
@@ -276,7 +266,7 @@ async def test_a_queue_that_is_too_long_asks_for_one_more_replica(cluster):
 
 async def test_nothing_is_left_of_workers_when_they_are_closed(cluster):
     await cluster(workers=1)
-    before, tasks, children = descriptors(), len(asyncio.all_tasks()), _children()
+    before, tasks, children = open_descriptors(), asyncio.all_tasks(), _children()
     made = await cluster(workers=3)
     assert len(_children()) == len(children) + 3
     async with each_worker(made, 3):
@@ -284,8 +274,8 @@ async def test_nothing_is_left_of_workers_when_they_are_closed(cluster):
     await made.close()
     assert _children() == children
     assert not list(made.directory.glob("*.sock"))
-    await eventually(lambda: len(asyncio.all_tasks()) <= tasks)
-    await eventually(lambda: len(descriptors()) == len(before))
+    await eventually(lambda: asyncio.all_tasks() <= tasks)
+    await eventually(lambda: open_descriptors() <= before)
 
 
 def _children() -> set[str]:
