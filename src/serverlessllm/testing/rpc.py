@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import msgspec
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
@@ -19,7 +20,7 @@ from serverlessllm.orchestrator.grpc.proto.serverlessllm_pb2 import InferenceReq
 from serverlessllm.orchestrator.grpc.repository import SERVICE as TRITON
 
 if TYPE_CHECKING:
-    Stream = grpc.aio.StreamStreamCall[Any, Any]
+    Stream = grpc.aio.StreamStreamCall[Any, Any] | grpc.aio.UnaryStreamCall[Any, Any]
 
 __all__ = ["OPENAI", "TRITON", "Heard", "Rpc", "connected", "heard", "read", "read_all", "target"]
 
@@ -43,7 +44,7 @@ def target(address: Address | None) -> str:
 
 
 class Rpc:
-    """Calls methods by name; every method as a stream, which is the same on the wire."""
+    """Calls methods by name; every answer is read as a stream, which is the same on the wire."""
 
     def __init__(self, channel: grpc.aio.Channel, metadata: Metadata = ()) -> None:
         self.channel = channel
@@ -53,20 +54,31 @@ class Rpc:
         self,
         service: str,
         method: str,
-        requests: Any = (),
+        requests: Sequence[Message | bytes],
         *,
         metadata: Metadata = (),
         timeout_s: float | None = None,
     ) -> Stream:
-        """A running call; `requests` are messages or bytes, None: write them with `call.write`."""
-        found = POOL.FindServiceByName(service).methods_by_name[method]
-        kind = GetMessageClass(found.output_type)
-        call = self.channel.stream_stream(
-            f"/{service}/{method}",
-            request_serializer=_encoded,
-            response_deserializer=kind.FromString,
-        )
-        return call(requests, metadata=(*self.metadata, *metadata), timeout=timeout_s)
+        """A running call with these messages."""
+        # One message goes with its head, where the method takes one: gRPC's client hides the status
+        # of a server that refused by the head alone, when a message is written after that.
+        if len(requests) == 1 and not _method(service, method).client_streaming:
+            single = self.channel.unary_stream(*_typed(service, method))
+            return single(requests[0], metadata=(*self.metadata, *metadata), timeout=timeout_s)
+        many = self.channel.stream_stream(*_typed(service, method))
+        return many(iter(requests), metadata=(*self.metadata, *metadata), timeout=timeout_s)
+
+    def stream(
+        self,
+        service: str,
+        method: str,
+        *,
+        metadata: Metadata = (),
+        timeout_s: float | None = None,
+    ) -> grpc.aio.StreamStreamCall[Any, Any]:
+        """A running call, whose messages are written with `call.write`."""
+        call = self.channel.stream_stream(*_typed(service, method))
+        return call(metadata=(*self.metadata, *metadata), timeout=timeout_s)
 
     async def call(
         self,
@@ -112,6 +124,16 @@ async def heard(call: Stream, messages: list[Any]) -> Heard:
         initial=_dict(await call.initial_metadata()),
         trailing=_dict(await call.trailing_metadata()),
     )
+
+
+def _method(service: str, method: str) -> MethodDescriptor:
+    return POOL.FindServiceByName(service).methods_by_name[method]
+
+
+def _typed(service: str, method: str) -> tuple[str, Any, Any]:
+    """A method's path, and how its messages are written and read."""
+    answer = GetMessageClass(_method(service, method).output_type)
+    return f"/{service}/{method}", _encoded, answer.FromString
 
 
 def _encoded(request: Any) -> bytes:

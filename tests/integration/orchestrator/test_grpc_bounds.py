@@ -65,6 +65,10 @@ def first_message(service, method):
     return GetMessageClass(POOL.FindServiceByName(service).methods_by_name[method].input_type)()
 
 
+def takes_a_stream(service, method):
+    return POOL.FindServiceByName(service).methods_by_name[method].client_streaming
+
+
 def test_the_services_are_those_that_are_tested():
     assert {("serverlessllm.v1.Inference", "WatchModel"), (TRITON, "ModelInfer")} <= {*METHODS}
     assert len(METHODS) == 18
@@ -89,7 +93,13 @@ async def test_nothing_but_health_is_served_without_a_key(served):
                         shape=[1],
                         contents=triton.InferTensorContents(bytes_contents=[b"hi"]),
                     )
-                call = await rpc.call(service, method, request, metadata=metadata)
+                opened = (
+                    rpc.stream(service, method, metadata=metadata)  # refused before a message
+                    if takes_a_stream(service, method)
+                    else rpc.open(service, method, [request], metadata=metadata)
+                )
+                call = await heard(opened, await read_all(opened))
+                assert call.messages == []
                 assert call.code is grpc.StatusCode.UNAUTHENTICATED, (service, method)
                 assert call.trailing["x-sllm-code"] == "invalid_api_key"
         checked = await rpc.call(HEALTH, "Check", HealthCheckRequest())
@@ -261,7 +271,7 @@ async def test_a_stranger_is_told_so_before_a_message_is_sent(served):
     c = await served(require_key=True)
     async with connected(c.front.grpc_address) as rpc:
         for service, method in METHODS:
-            call = rpc.open(service, method, None, timeout_s=30)
+            call = rpc.stream(service, method, timeout_s=30)
             assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -346,7 +356,7 @@ async def test_a_drain_tells_health_finishes_streams_and_leaves_nothing(served):
         assert (await read(health)).status == SERVING
         watch = rpc.open(OPENAI, "WatchModel", [pb.WatchModelRequest(model="m")])
         assert (await read(watch)).state == "ready"
-        idle = rpc.open(TRITON, "ModelStreamInfer", None)
+        idle = rpc.stream(TRITON, "ModelStreamInfer")
         running = rpc.open(OPENAI, "ChatCompletions", [pb.InferenceRequest(json=streamed)])
         assert (await read(running)).chunk.json
         draining = asyncio.ensure_future(c.front.drain())

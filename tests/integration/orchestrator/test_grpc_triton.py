@@ -230,7 +230,7 @@ async def test_a_cancelled_stream_stops_its_generations(served):
     c.agents[0].token_gate.clear()
     request = infer(("openai_request", json.dumps({"prompt": "hi", "stream": True})))
     async with connected(c.front.grpc_address) as rpc:
-        call = rpc.open(TRITON, "ModelStreamInfer", None)
+        call = rpc.stream(TRITON, "ModelStreamInfer")
         for _ in range(3):
             await call.write(request)
         await c.until(lambda: c.agents[0].running == 3)

@@ -189,10 +189,13 @@ async def test_who_waits_for_bytes_is_sent_away_when_its_time_is_over(wait_s):
             ) as response:
                 return response.status, json.loads(await response.read())
 
-        status, body = await ask()
-        assert (status, body["error"]["code"]) == (503, "model_loading")
-        assert body["loading"]["state"] == "loading"
-        assert body["loading"]["total"] > body["loading"]["bytes"]
+        async def sent_away():
+            status, body = await ask()
+            assert (status, body["error"]["code"]) == (503, "model_loading")
+            loading = body["loading"]  # `starting` until the agent's word of the engine comes
+            return loading["state"] == "loading" and loading["total"] > loading["bytes"]
+
+        await eventually(sent_away)
         store.let()
         await reading.done
         assert reading.texts == said
